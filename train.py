@@ -1,0 +1,374 @@
+"""Pre-train a discrete diffusion model on a task's data, then fine-tune it on the task's black-box reward.
+
+    python train.py --task=toy            about a minute and a half on two CPU cores; results in out/toy
+    python train.py --help                every flag
+
+Read from main() down: it tells the story in the order in which it runs.
+"""
+import argparse
+import difflib
+import itertools
+import json
+import os
+import sys
+import time
+from copy import deepcopy
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path as File
+
+import torch
+from tqdm import tqdm
+
+import sepo
+from diffusion import Absorbing
+from model import Config, Denoiser
+from rewards import TASKS, BadInput, ask
+
+
+def flag(default, help, choices=None, low=None, high=None):
+    return field(default=default, metadata=dict(help=help, choices=choices, low=low, high=high))
+
+
+@dataclass
+class Flags:
+    task: str = flag("toy", "what to learn", choices=list(TASKS))
+    out: str = flag("", "folder for results (default: out/<task>)")
+    overwrite: bool = flag(False, "replace the run that --out holds")
+    seed: int = flag(0, "seed of every random draw", low=0)
+    device: str = flag("auto", "cpu, cuda, or auto: cuda where there is one", choices=["auto", "cpu", "cuda"])
+    # model
+    n_layer: int = flag(4, "transformer blocks", low=1)
+    n_head: int = flag(4, "attention heads", low=1)
+    n_embd: int = flag(128, "channels; a multiple of 2 * n_head", low=2)
+    dropout: float = flag(0.0, "dropout, in pre-training alone", low=0, high=0.9)
+    time_conditioning: bool = flag(False, "tell the network the time; masked diffusion does well without")
+    # pre-training
+    pretrain_iters: int = flag(800, "optimizer steps of pre-training", low=1)
+    pretrain_batch: int = flag(128, "sequences a step", low=1)
+    pretrain_lr: float = flag(2e-3, "peak learning rate; warm-up over 50 steps, then linear decay", low=0)
+    data_size: int = flag(20000, "sequences of data that the task makes", low=1)
+    # sampling
+    steps: int = flag(0, "grid of the reverse process; 0: none, each slot at its own exact time", low=0)
+    # fine-tuning
+    iters: int = flag(150, "rollouts", low=1)
+    prompts: int = flag(1, "prompts a rollout (P)", low=1)
+    group: int = flag(128, "samples a prompt (G); a rollout asks P * G rewards", low=1)
+    updates: int = flag(16, "optimizer steps a rollout", low=1)
+    lr: float = flag(1e-3, "learning rate at the start; linear decay to 5%% of it", low=0)
+    states: str = flag("path", "where SEPO takes the score", choices=["path", "noised", "terminal"])
+    path_events: int = flag(1, "with --states=path: events of each path scored an update, one forward pass each", low=1)
+    advantage: str = flag("grpo", "what a reward is compared with", choices=["grpo", "dr_grpo", "loo", "ppo"])
+    clip: float = flag(0.2, "PPO's clip of the ratio to 1 +- clip", low=0)
+    beta: float = flag(0.1, "price of a nat of KL to the pre-trained model, in units of reward", low=0)
+    consistency: float = flag(0.0, "weight of the likelihood bound on own samples (steadies --states=noised; try 0.3)", low=0)
+    entropy: float = flag(0.0, "entropy bonus, per nat of the slot laws", low=0)
+    grad_clip: float = flag(1.0, "largest norm of a gradient", low=0)
+    # reporting
+    eval_every: int = flag(10, "rollouts between exact evaluations (enumerable tasks)", low=1)
+
+
+# ---- the story --------------------------------------------------------------------------------------------------------
+
+def main(argv=None):
+    """The whole run; returns the report's dict. Raises BadInput for anything that the user can mend."""
+    flags = parse_flags(Flags, sys.argv[1:] if argv is None else argv, task_defaults)
+    task, device, out = TASKS[flags.task], pick_device(flags.device), open_folder(flags)
+    torch.manual_seed(flags.seed)
+    try:
+        config = Config(task.vocab_size, task.length, flags.n_layer, flags.n_head, flags.n_embd, flags.dropout,
+                        flags.time_conditioning)
+        model, process = Denoiser(config).to(device), Absorbing(task.vocab_size)
+    except ValueError as error:
+        raise BadInput(str(error)) from error
+    log = Log(out / "metrics.jsonl")
+
+    pretrain(flags, task, process, model, log)
+    save(out / "pretrained.pt", task, model)
+    model.eval()                                       # from here on no dropout: the ratio must be 1 at theta_old
+    reference = deepcopy(model).requires_grad_(False)
+    exact = Exact(flags, task, process, reference) if task.enumerable else None
+    try:
+        finetune(flags, task, process, model, reference, exact, log, lambda: plot(out, exact))
+    finally:                                           # on Ctrl-C or an error too: nothing that was learnt is lost
+        save(out / "finetuned.pt", task, model)
+    plot(out, exact)
+    return report(flags, task, process, {"pre-trained": reference, "fine-tuned": model}, reference, exact)
+
+
+def pretrain(flags, task, process, model, log):
+    """Minimise the score entropy of the task's data."""
+    device = next(model.parameters()).device
+    data = task.data(flags.data_size, torch.Generator().manual_seed(flags.seed)).to(device)          # [n, L]
+    optimizer = torch.optim.AdamW(model.parameters(), flags.pretrain_lr, weight_decay=0.01, fused=True)
+    guard, total, start = Guard(model, optimizer, flags.grad_clip), 0.0, time.time()
+    bar = tqdm(range(flags.pretrain_iters), desc="pre-train", disable=None, leave=False)
+    for i in bar:
+        set_lr(optimizer, flags.pretrain_lr * min((i + 1) / 50, max(0.05, 1 - i / flags.pretrain_iters)))
+        x0 = data[torch.randint(len(data), (flags.pretrain_batch,), device=device)]
+        loss = process.loss(model, x0)
+        guard.step(loss)
+        total += loss.detach()
+        if (i + 1) % 50 == 0 or i + 1 == flags.pretrain_iters:
+            mean = total.item() / (i % 50 + 1)
+            total = 0.0
+            log(phase="pretrain", iter=i + 1, loss=mean, seconds=time.time() - start)
+            bar.set_postfix_str(f"loss {mean:.3f} nats")
+
+
+def finetune(flags, task, process, model, reference, exact, log, draw):
+    """Rollout, reward, advantages, a few SEPO updates; again."""
+    optimizer = torch.optim.AdamW(model.parameters(), flags.lr, weight_decay=0.0, fused=True)
+    guard, baseline, queries, start = Guard(model, optimizer, flags.grad_clip), sepo.Baseline(), 0, time.time()
+    bar = tqdm(range(flags.iters), desc="fine-tune", disable=None, leave=False)
+    for i in bar:
+        set_lr(optimizer, flags.lr * max(0.05, 1 - i / flags.iters))
+
+        # rollout: tokens, and the log-probability of every transition as it was drawn
+        prompt = task.prompt(flags.prompts, None).repeat_interleave(flags.group, 0) if task.prompt else None
+        path = process.sample(model, flags.prompts * flags.group, task.length, flags.steps or None, prompt)
+        reward = ask(task, path.tokens)                                              # [B], the only use of the black box
+        queries += len(reward)
+
+        # what each sample is worth: its reward, less beta times what its path cost in nats
+        log_ratio = path.logp - process.replay(reference, path)                      # [B, L]
+        value = sepo.regularised(reward, log_ratio, flags.beta).view(flags.prompts, flags.group)
+        advantage = sepo.advantages(value, flags.advantage, baseline).flatten()      # [B]
+        baseline.update(value)
+
+        # updates: `path` draws fresh states each time, their old log-probabilities being known; the others draw theirs once
+        view = None if flags.states == "path" else sepo.draw_view(process, path, flags.states)
+        if view is not None:
+            with torch.no_grad():
+                view.logp_old = sepo.line_logp(process, model, view)[0]
+        losses, clipped = [], []
+        for _ in range(flags.updates):
+            loss, stats = sepo.sepo_loss(process, model, path, advantage, flags.states, flags.clip, flags.consistency,
+                                         flags.entropy, flags.path_events, view)
+            guard.step(loss)
+            losses.append(loss.detach())
+            clipped.append(stats["clip_fraction"])
+
+        last = i + 1 == flags.iters
+        line = dict(phase="finetune", iter=i + 1, loss=mean(losses), queries=queries, reward=reward.mean().item(),
+                    kl=log_ratio.sum(dim=1).mean().item(), clip_fraction=mean(clipped), skipped=guard.skipped)
+        if exact and ((i + 1) % flags.eval_every == 0 or last):
+            line.update(exact(model))
+        log(**line, seconds=time.time() - start)
+        bar.set_postfix_str(f"reward {line['reward']:.3f}  KL {line['kl']:.2f}")
+        if (i + 1) % 50 == 0:
+            draw()
+
+
+# ---- exact evaluation of enumerable tasks -------------------------------------------------------------------------------
+
+class Exact:
+    """Ground truth by enumeration: E[R], KL to the pre-trained model, and the share of the possible improvement.
+
+    Over laws p of the sample, J(p) = E_p[R] - beta KL(p || p_ref) is largest at p* ~ p_ref exp(R / beta), where it is
+    beta log E_ref exp(R / beta). share_of_optimum = (J - J_ref) / (J* - J_ref). It scores every sequence once: these
+    are not counted as queries, and no update sees them."""
+
+    def __init__(self, flags, task, process, reference):
+        self.process, self.length, self.steps, self.beta = process, task.length, flags.steps or None, flags.beta
+        if self.steps is None and flags.time_conditioning:
+            raise BadInput("an exact evaluation of a time-conditioned model needs a grid: add --steps=16")
+        device = next(reference.parameters()).device
+        self.reward = ask(task, torch.tensor(list(itertools.product(range(task.vocab_size), repeat=task.length)), device=device))
+        self.reference = self.law(reference).log()                                   # [V**L]
+        self.floor = (self.reference.exp() * self.reward).sum().item()               # J of the pre-trained model
+        self.optimum = self.beta * torch.logsumexp(self.reference + self.reward / self.beta, 0).item() if self.beta else \
+            self.reward.max().item()
+
+    @torch.no_grad()
+    def law(self, model):
+        return self.process.exact_law(model, self.length, self.steps)
+
+    def __call__(self, model):
+        p = self.law(model)
+        reward, kl = (p * self.reward).sum().item(), (torch.xlogy(p, p) - p * self.reference).sum().item()
+        share = (reward - self.beta * kl - self.floor) / (self.optimum - self.floor)
+        return dict(exact_reward=reward, exact_kl=kl, share_of_optimum=share)
+
+
+# ---- the end of a run ---------------------------------------------------------------------------------------------------
+
+def report(flags, task, process, models, reference, exact, n=1000):
+    """Print a table before/after and some samples of each; return its rows."""
+    rows, examples = {}, {}
+    for name, model in models.items():
+        prompt = task.prompt(n, None) if task.prompt else None
+        path = process.sample(model, n, task.length, flags.steps or None, prompt)
+        kl = (path.logp - process.replay(reference, path)).sum(dim=1).mean().item()
+        rows[name] = dict(reward=ask(task, path.tokens).mean().item(), kl=kl, distinct=len(path.tokens.unique(dim=0)))
+        if exact:
+            truth = exact(model)
+            rows[name].update(reward=truth["exact_reward"], kl=truth["exact_kl"], share=truth["share_of_optimum"])
+        examples[name] = task.decode(path.tokens[:6])
+    print(f"{'':12} {'reward':>8} {'KL (nats)':>10} {'share of optimum':>17} {'distinct of ' + str(n):>17}")
+    for name, row in rows.items():
+        share = f"{row['share']:.3f}" if exact else "unknown"
+        print(f"{name:12} {row['reward']:8.3f} {row['kl']:10.3f} {share:>17} {row['distinct']:17d}")
+    for name, samples in examples.items():
+        print(f"{name:12} {'  '.join(samples)}")
+    return rows
+
+
+def plot(out, exact):
+    """curve.png from metrics.jsonl: the reward, and the share of the optimum, over the rewards asked."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    lines = [json.loads(line) for line in open(out / "metrics.jsonl")]
+    lines = [line for line in lines if line["phase"] == "finetune"]
+    shared = [line for line in lines if "share_of_optimum" in line]
+    figure, axes = plt.subplots(1, 2 if exact else 1, figsize=(10 if exact else 6, 3.6), squeeze=False)
+    left = axes[0, 0]
+    left.plot([a["queries"] for a in lines], [a["reward"] for a in lines], lw=1, alpha=0.6, label="mean of a rollout")
+    if exact:
+        star = torch.softmax(exact.reference + exact.reward / exact.beta, 0) if exact.beta else None
+        best = (star * exact.reward).sum().item() if exact.beta else exact.optimum
+        left.plot([a["queries"] for a in shared], [a["exact_reward"] for a in shared], "k.-", lw=1, label="exact")
+        left.axhline(best, color="tab:green", ls="--", lw=1, label="optimum")
+        left.axhline(exact.floor, color="tab:red", ls=":", lw=1, label="pre-trained")
+        right = axes[0, 1]
+        right.plot([0] + [a["queries"] for a in shared], [0] + [a["share_of_optimum"] for a in shared], "k.-", lw=1)
+        right.axhline(1, color="tab:green", ls="--", lw=1)
+        right.axhline(0, color="tab:red", ls=":", lw=1)
+        right.set(xlabel="reward queries", ylabel="share of the optimum", ylim=(min(-0.05, *[a["share_of_optimum"] for a in shared], 0), 1.05))
+    left.set(xlabel="reward queries", ylabel="reward")
+    left.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(out / "curve.png", dpi=110)
+    plt.close(figure)
+
+
+# ---- plumbing -----------------------------------------------------------------------------------------------------------
+
+class Guard:
+    """An optimizer step that a loss or gradient that is not finite cannot spoil: it is skipped and counted, and too many in
+    a row stop the run. One host synchronisation a step, at its end."""
+
+    def __init__(self, model, optimizer, grad_clip, patience=20):
+        self.parameters, self.optimizer, self.grad_clip = list(model.parameters()), optimizer, grad_clip
+        self.patience, self.skipped, self.row = patience, 0, 0
+
+    def step(self, loss):
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.grad_clip)
+        if (loss.detach() + norm).isfinite():
+            self.row = 0
+            return self.optimizer.step()
+        self.skipped, self.row = self.skipped + 1, self.row + 1
+        if self.row >= self.patience:
+            raise BadInput(f"{self.row} updates in a row had a loss or gradient that is not finite: try a smaller learning rate")
+
+
+class Log:
+    """metrics.jsonl, one JSON object a line, flushed as it comes."""
+
+    def __init__(self, file):
+        self.file = open(file, "w")
+
+    def __call__(self, **line):
+        self.file.write(json.dumps(line) + "\n")
+        self.file.flush()
+
+
+def mean(scalars):
+    return torch.stack(scalars).mean().item()
+
+
+def set_lr(optimizer, lr):
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def save(file, task, model):
+    """A checkpoint of plain tensors and numbers, renamed into place: a kill at any moment leaves the last good one."""
+    part = file.with_suffix(".part")
+    torch.save(dict(model=model.state_dict(), config=asdict(model.config), task=task.name), part)
+    os.replace(part, file)
+
+
+def open_folder(flags):
+    """The output folder, new or to be overwritten, with config.json in it."""
+    out = File(flags.out or f"out/{flags.task}")
+    if (out / "config.json").exists() and not flags.overwrite:
+        raise BadInput(f"{out} holds another run: choose another --out, or replace it with --overwrite")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for old in ("metrics.jsonl", "pretrained.pt", "finetuned.pt", "curve.png"):
+            (out / old).unlink(missing_ok=True)
+        (out / "config.json").write_text(json.dumps(asdict(flags), indent=2) + "\n")
+    except OSError as error:
+        raise BadInput(f"cannot write to --out={out}: {error.strerror}") from error
+    return out
+
+
+def pick_device(name):
+    if name == "cuda" and not torch.cuda.is_available():
+        raise BadInput("--device=cuda, but torch sees no CUDA device: use --device=cpu")
+    return torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+
+
+def nearest(word, words):
+    close = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
+    return f"did you mean {close[0]}?" if close else f"one of {', '.join(words)}"
+
+
+def task_defaults(flags):
+    """Defaults that suit the task chosen; what the command line says comes after them."""
+    return TASKS[flags["task"]].flags
+
+
+def parse_flags(cls, argv, defaults=lambda flags: {}):
+    """Command line -> cls, a dataclass of flag() fields. BadInput, with the nearest valid word, for what it does not know."""
+    known = {f.name: f for f in fields(cls)}
+    parser = argparse.ArgumentParser(description=sys.modules[cls.__module__].__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, f in known.items():
+        shown = f.metadata["help"] + ("" if f.default in ("", False) else f" (default: {f.default})")
+        if f.type is bool:
+            parser.add_argument(f"--{name}", action="store_true", help=shown, default=None)
+        else:
+            parser.add_argument(f"--{name}", metavar="|".join(f.metadata["choices"] or [f.type.__name__.upper()]), help=shown)
+    parser.error = lambda message: (_ for _ in ()).throw(BadInput(message))
+    given, unknown = parser.parse_known_args(argv)
+    for word in unknown:
+        name = word.lstrip("-").split("=")[0]
+        raise BadInput(f"unknown flag {word.split('=')[0]}: {nearest(name, list(known))}" if word.startswith("--") else
+                       f"unexpected {word!r}: flags are written --name=value")
+    values = {name: convert(known[name], value) for name, value in vars(given).items() if value is not None}
+    everything = {f.name: f.default for f in known.values() if f.default is not MISSING} | values
+    return cls(**everything | defaults(everything) | values)
+
+
+def convert(f, text):
+    """A flag's text -> its value, or BadInput."""
+    if f.type is bool:
+        return True
+    try:
+        value = f.type(text)
+    except ValueError:
+        raise BadInput(f"--{f.name}={text}: {dict(int='a whole number', float='a number')[f.type.__name__]} is needed") from None
+    choices, low, high = f.metadata["choices"], f.metadata["low"], f.metadata["high"]
+    if choices and value not in choices:
+        raise BadInput(f"--{f.name}={text}: {nearest(value, choices)}")
+    if low is not None and not (low <= value <= (float("inf") if high is None else high) and value < float("inf")):
+        raise BadInput(f"--{f.name}={text}: it must be at least {low}" + ("" if high is None else f" and at most {high}"))
+    return value
+
+
+def run(main):
+    """main() as a command: one line on standard error and exit status 2 for bad input, 130 for Ctrl-C."""
+    try:
+        main()
+    except BadInput as error:
+        sys.exit(print(f"{File(sys.argv[0]).name}: {error}", file=sys.stderr) or 2)
+    except KeyboardInterrupt:
+        sys.exit(print(f"{File(sys.argv[0]).name}: stopped; what was learnt is saved", file=sys.stderr) or 130)
+
+
+if __name__ == "__main__":
+    run(main)
