@@ -58,7 +58,7 @@ class Flags:
     states: str = flag("path", "where SEPO takes the score", choices=["path", "noised", "terminal"])
     path_events: int = flag(1, "with --states=path: events of each path scored an update, one forward pass each", low=1)
     advantage: str = flag("grpo", "what a reward is compared with", choices=["grpo", "dr_grpo", "loo", "ppo"])
-    clip: float = flag(0.2, "PPO's clip of the ratio to 1 +- clip", low=0)
+    clip: float = flag(0.1, "PPO's clip of the ratio to 1 +- clip", low=0)
     beta: float = flag(0.1, "price of a nat of KL to the pre-trained model, in units of reward", low=0)
     consistency: float = flag(0.0, "weight of the likelihood bound on own samples (steadies --states=noised; try 0.3)", low=0)
     entropy: float = flag(0.0, "entropy bonus, per nat of the slot laws", low=0)
@@ -186,7 +186,8 @@ class Exact:
     def __call__(self, model):
         p = self.law(model)
         reward, kl = (p * self.reward).sum().item(), (torch.xlogy(p, p) - p * self.reference).sum().item()
-        share = (reward - self.beta * kl - self.floor) / (self.optimum - self.floor)
+        room = self.optimum - self.floor               # 0 where every sequence has the same reward: any model is optimal
+        share = (reward - self.beta * kl - self.floor) / room if room > 1e-9 else 1.0
         return dict(exact_reward=reward, exact_kl=kl, share_of_optimum=share)
 
 

@@ -1,0 +1,208 @@
+"""train.py as a user runs it: a whole tiny run, its files, its errors. Nothing here depends on how well it learns."""
+import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from exact import network, sequences
+from model import Config, Denoiser
+from rewards import TASKS, BadInput
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ["--pretrain_iters=20", "--iters=6", "--group=8", "--updates=2", "--n_embd=16", "--n_layer=1", "--n_head=2", "--eval_every=3",
+        "--data_size=100"]
+
+
+def command(*args):
+    return subprocess.run([sys.executable, ROOT / "train.py", *args], capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    out = tmp_path_factory.mktemp("tiny") / "toy"
+    return out, command("--task=toy", f"--out={out}", *TINY)
+
+
+def test_a_whole_run_through_the_command_line(tiny):
+    out, done = tiny
+    assert done.returncode == 0, done.stderr
+    assert {p.name for p in out.iterdir()} == {"config.json", "metrics.jsonl", "pretrained.pt", "finetuned.pt", "curve.png"}
+    assert (out / "curve.png").read_bytes()[:4] == b"\x89PNG"
+    for word in ("reward", "KL", "share of optimum", "distinct", "pre-trained", "fine-tuned"):
+        assert word in done.stdout
+    config = json.loads((out / "config.json").read_text())
+    assert config["n_embd"] == 16 and set(config) == {f.name for f in fields(train.Flags)}
+
+
+def test_every_line_of_metrics_holds_what_it_should(tiny):
+    lines = [json.loads(line) for line in open(tiny[0] / "metrics.jsonl")]
+    assert all({"phase", "iter", "loss"} <= set(line) for line in lines)
+    fine = [line for line in lines if line["phase"] == "finetune"]
+    assert [line["iter"] for line in fine] == [1, 2, 3, 4, 5, 6] and [line["queries"] for line in fine] == [8 * i for i in range(1, 7)]
+    assert all({"reward", "kl", "clip_fraction", "seconds"} <= set(line) for line in fine)
+    exact = {"exact_reward", "exact_kl", "share_of_optimum"}
+    assert [exact <= set(line) for line in fine] == [False, False, True, False, False, True]
+
+
+def test_checkpoints_are_plain_tensors_and_load(tiny):
+    for name in ("pretrained", "finetuned"):
+        saved = torch.load(tiny[0] / f"{name}.pt", weights_only=True)
+        assert saved["task"] == "toy"
+        Denoiser(Config(**saved["config"])).load_state_dict(saved["model"])
+
+
+def test_the_same_seed_gives_the_same_numbers(tiny, tmp_path):
+    assert command("--task=toy", f"--out={tmp_path / 'again'}", *TINY).returncode == 0
+    strip = lambda out: [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in open(out / "metrics.jsonl")]
+    assert strip(tiny[0]) == strip(tmp_path / "again")
+
+
+@pytest.mark.parametrize("extra", [
+    ["--states=noised", "--consistency=0.3"], ["--states=terminal", "--advantage=ppo", "--entropy=0.01"],
+    ["--steps=2", "--time_conditioning", "--advantage=loo"], ["--group=1"], ["--beta=0", "--path_events=3"],
+    ["--advantage=dr_grpo", "--dropout=0.1"]])
+def test_every_choice_runs(extra, tmp_path):
+    train.main([f"--out={tmp_path}", *TINY, *extra])
+    last = json.loads(open(tmp_path / "metrics.jsonl").readlines()[-1])
+    assert last["iter"] == 6 and last["share_of_optimum"] <= 1 + 1e-5
+
+
+# ---- exact evaluation -----------------------------------------------------------------------------------------------------
+
+def test_share_of_optimum_is_zero_for_the_reference_and_below_one_for_any_model():
+    task, flags = TASKS["toy"], train.Flags()
+    reference = network(4, 6, n_embd=16)
+    exact = train.Exact(flags, task, train.Absorbing(4), reference)
+    assert exact(reference)["share_of_optimum"] == pytest.approx(0, abs=1e-5)
+    assert exact(reference)["exact_kl"] == pytest.approx(0, abs=1e-5)
+    assert all(exact(network(4, 6, seed=s, n_embd=16))["share_of_optimum"] < 1 for s in range(3))
+
+
+def test_the_closed_form_optimum_has_share_one():
+    """A stand-in for the process that returns p* ~ p_ref exp(R / beta) itself."""
+    exact = train.Exact(train.Flags(), TASKS["toy"], train.Absorbing(4), network(4, 6, n_embd=16))
+    exact.law = lambda model: torch.softmax(exact.reference + TASKS["toy"].reward(sequences(4, 6)) / 0.1, 0)
+    assert exact(None)["share_of_optimum"] == pytest.approx(1, abs=1e-5)
+
+
+# ---- bad input --------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("args, message", [
+    (["--grup=8"], "unknown flag --grup: did you mean group?"),
+    (["--task=toi"], "--task=toi: did you mean toy?"),
+    (["--states=pth"], "--states=pth: did you mean path?"),
+    (["--advantage=zzz"], "--advantage=zzz: one of grpo, dr_grpo, loo, ppo"),
+    (["--iters=many"], "--iters=many: a whole number is needed"),
+    (["--iters=1.5"], "--iters=1.5: a whole number is needed"),
+    (["--lr=fast"], "--lr=fast: a number is needed"),
+    (["--lr=nan"], "--lr=nan: it must be at least 0"),
+    (["--lr=inf"], "--lr=inf: it must be at least 0"),
+    (["--group=0"], "--group=0: it must be at least 1"),
+    (["--dropout=1"], "--dropout=1: it must be at least 0 and at most 0.9"),
+    (["--iters"], "argument --iters: expected one argument"),
+    (["toy"], "unexpected 'toy': flags are written --name=value"),
+    (["--n_embd=30"], "n_embd (30) must be a multiple of twice n_head (4): rotary pairs"),
+    (["--time_conditioning", "--pretrain_iters=1"], "needs a grid: add --steps=16"),
+])
+def test_bad_flags_get_one_line_and_status_2(args, message, tmp_path):
+    done = command(f"--out={tmp_path / 'run'}", *args)
+    assert done.returncode == 2 and done.stdout == ""
+    assert message in done.stderr and done.stderr.count("\n") == 1 and done.stderr.startswith("train.py: ")
+
+
+def test_an_absent_gpu_is_a_line_too(tmp_path):
+    if torch.cuda.is_available():
+        assert train.pick_device("cuda").type == "cuda"
+    else:
+        with pytest.raises(BadInput, match="sees no CUDA device"):
+            train.pick_device("cuda")
+
+
+def test_an_output_folder_with_another_run_is_refused_unless_overwritten(tiny):
+    before = (tiny[0] / "metrics.jsonl").read_text()
+    done = command(f"--out={tiny[0]}", *TINY)
+    assert done.returncode == 2 and "holds another run" in done.stderr and done.stderr.count("\n") == 1
+    assert (tiny[0] / "metrics.jsonl").read_text() == before
+
+
+def test_an_unwritable_folder_is_a_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    done = command(f"--out={tmp_path / 'file' / 'run'}", *TINY)
+    assert done.returncode == 2 and "cannot write to --out=" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_help_shows_every_flag_with_its_default():
+    text = " ".join(command("--help").stdout.split())
+    for f in fields(train.Flags):
+        assert f"--{f.name}" in text
+        if f.default not in ("", False):
+            assert f"(default: {f.default})" in text
+
+
+# ---- trouble on the way -------------------------------------------------------------------------------------------------------
+
+def test_a_reward_that_fails_midway_stops_the_run_and_loses_nothing(tmp_path, monkeypatch):
+    calls = []
+
+    def reward(tokens):
+        calls.append(len(tokens))
+        return tokens[:, 0] / (0.0 if calls.count(8) > 3 else 1.0)
+    monkeypatch.setitem(TASKS, "toy", replace(TASKS["toy"], reward=reward))
+    with pytest.raises(BadInput, match="is (nan|inf)"):
+        train.main([f"--out={tmp_path}", *TINY])
+    assert torch.load(tmp_path / "finetuned.pt", weights_only=True)["task"] == "toy"
+    assert json.loads(open(tmp_path / "metrics.jsonl").readlines()[-1])["iter"] == 3
+
+
+def test_a_constant_reward_changes_nothing_but_by_the_kl(tmp_path, monkeypatch):
+    monkeypatch.setitem(TASKS, "toy", replace(TASKS["toy"], reward=lambda tokens: torch.ones(len(tokens))))
+    train.main([f"--out={tmp_path}", *TINY, "--beta=0"])
+    before, after = (torch.load(tmp_path / f"{name}.pt", weights_only=True)["model"] for name in ("pretrained", "finetuned"))
+    assert all((before[name] == after[name]).all() for name in before)
+
+
+def test_updates_that_are_not_finite_are_skipped_counted_and_stop_the_run_when_they_persist():
+    model = torch.nn.Linear(1, 1)
+    guard = train.Guard(model, torch.optim.SGD(model.parameters(), 0.1), 1.0, patience=3)
+    before = model.weight.item()
+    for _ in range(2):
+        guard.step(model(torch.tensor([[float("nan")]])).sum())
+    assert model.weight.item() == before and guard.skipped == 2
+    guard.step(model(torch.ones(1, 1)).sum())
+    assert model.weight.item() != before and guard.row == 0
+    with pytest.raises(BadInput, match="smaller learning rate"):
+        for _ in range(3):
+            guard.step(model(torch.tensor([[float("inf")]])).sum())
+
+
+def test_ctrl_c_saves_and_exits_with_130(tmp_path):
+    process = subprocess.Popen([sys.executable, ROOT / "train.py", f"--out={tmp_path}", *TINY, "--iters=100000"],
+                               stderr=subprocess.PIPE, text=True)
+    deadline = time.time() + 120
+    while time.time() < deadline and not ((tmp_path / "pretrained.pt").exists() and "finetune" in (tmp_path / "metrics.jsonl").read_text()):
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    assert process.stderr.read().strip().splitlines()[-1] == "train.py: stopped; what was learnt is saved"
+    assert torch.load(tmp_path / "finetuned.pt", weights_only=True)["task"] == "toy"
+
+
+def test_a_save_never_leaves_a_torn_file(tmp_path, monkeypatch):
+    model = network(2, 2)
+    train.save(tmp_path / "m.pt", TASKS["toy"], model)
+    good = (tmp_path / "m.pt").read_bytes()
+
+    def torn(what, file):
+        Path(file).write_bytes(b"half")
+        raise OSError("disk full")
+    monkeypatch.setattr(torch, "save", torn)
+    with pytest.raises(OSError):
+        train.save(tmp_path / "m.pt", TASKS["toy"], model)
+    assert (tmp_path / "m.pt").read_bytes() == good
