@@ -83,7 +83,7 @@ def stratified(n, generator=None, device=None):
 # ---- the absorbing chain ----------------------------------------------------------------------------------------------
 
 class Absorbing:
-    """Masked diffusion: every slot turns into the mask, by itself, at a random time (SEDD, arXiv 2310.16834, sec. 3.3)."""
+    """Masked diffusion: every slot turns into the mask, by itself, at a random time (SEDD, arXiv 2310.16834)."""
 
     def __init__(self, vocab_size):
         self.vocab_size = self.mask = vocab_size
@@ -116,8 +116,8 @@ class Absorbing:
         """x_t ~ q(. | x0) at a random level, all masked slots scored at once -> View; E sum(weight * -log w) is the bound.
 
         Draw a time for each of the n free slots, let m be uniform on 1..n, and mask the m smallest: the level has the law
-        that the bound's weight -alpha'/(1 - alpha) asks for, none is empty, and the weight is n/m (2107.00630, app. G;
-        the any-order view, 2110.02037, eq. 8)."""
+        that the bound's weight -alpha'/(1 - alpha) asks for, none is empty, and the weight is n/m (the any-order form of the
+        bound, ARDM, 2110.02037)."""
         time = self.reveal_times(given, generator=generator)
         free = (~given).sum(dim=1)
         m = 1 + (stratified(len(x0), generator, x0.device) * free).long()
@@ -129,8 +129,8 @@ class Absorbing:
         return View(row, torch.where(masked, self.mask, x0), t[:, 0].clamp(max=1), slots, x0, weight)
 
     def loss(self, model, x0, generator=None):
-        """Score entropy (SEDD, 2310.16834, eq. 9) of x0 [B, L] under the derived score -> scalar, nats per sequence: a bound
-        on -log p_theta(x0). With an absorbing chain it is the weighted cross-entropy of MDLM (2406.07524, eq. 10)."""
+        """Denoising score entropy (SEDD, 2310.16834) of x0 [B, L] under the derived score -> scalar, nats a sequence: a
+        bound on -log p_theta(x0). With an absorbing chain it is the continuous-time weighted cross-entropy of MDLM (2406.07524)."""
         view = self.noised_view(x0, torch.zeros_like(x0, dtype=torch.bool), generator)
         logp = self.log_law(model, view).gather(-1, view.y[..., None]).squeeze(-1)                   # [B, L]
         return -(view.weight * logp).sum() / len(x0)
@@ -140,7 +140,7 @@ class Absorbing:
     def log_score(self, model, x, t):
         """log s(x, t)_{i,v} = log p_t(x with slot i set to v) - log p_t(x), [B, L, V]; x [B, L], t [B].
 
-        From a masked slot it is p_theta(v | x) * alpha / (1 - alpha) (RADD, 2406.03736, eq. 3.2). A revealed slot cannot
+        From a masked slot it is p_theta(v | x) * alpha / (1 - alpha) (RADD, 2406.03736). A revealed slot cannot
         move backwards in this chain: its row is 0 at v = x_i and -inf elsewhere."""
         a = self.alpha(t)[:, None, None]
         score = model(x, t).log_softmax(dim=-1) + (a / (1 - a)).log()
@@ -167,8 +167,8 @@ class Absorbing:
     def reveal(self, model, x, time, noise=None, generator=None):
         """Walk each row of x [B, L] through its own events: its j-th pass reveals its j-th group of slots -> Path.
 
-        The law is that of ancestral sampling (MDLM, 2406.07524, eq. 7) without its empty steps. Rows that are done leave the
-        batch, and only revealed slots reach the head. noise [B, L, V]: Gumbel noise to use instead of fresh."""
+        The law is that of ancestral sampling (MDLM, 2406.07524) without its empty steps (first hitting times, 2409.02908).
+        Rows that are done leave the batch, and only revealed slots reach the head. noise [B, L, V]: Gumbel noise to use instead of fresh."""
         (B, L), device = x.shape, x.device
         event = event_index(time)
         row = event.amax(dim=1).argsort(descending=True)           # the longest paths first: those that go on are a prefix
@@ -208,7 +208,8 @@ class Absorbing:
         """`events` states that the sampler visited on each path, even over its events and stratified over the batch."""
         B, device = len(path.tokens), path.tokens.device
         row = torch.arange(B, device=device).repeat(events)
-        u = (torch.arange(events, device=device).repeat_interleave(B) + stratified(B, generator, device).repeat(events)) / events
+        stratum = torch.arange(events, device=device).repeat_interleave(B)
+        u = (stratum + stratified(B, generator, device).repeat(events)) / events
         view = self.view(path, row, (u * path.n_events[row]).long())
         view.weight = view.weight * (path.n_events[row] / events)[:, None]
         return view

@@ -55,7 +55,8 @@ def ask(task, tokens):
         raise BadInput(f"the reward raised {type(error).__name__}: {error} (a batch that starts with "
                        f"{task.decode(tokens[:1])[0]!r})") from error
     if reward.shape != tokens.shape[:1]:
-        raise BadInput(f"the reward returned shape {list(reward.shape)} for {len(tokens)} samples: it must be [{len(tokens)}]")
+        raise BadInput(f"the reward returned shape {list(reward.shape)} for {len(tokens)} samples: "
+                       f"it must be [{len(tokens)}]")
     bad = ~reward.isfinite()
     if bad.any():
         b = int(bad.int().argmax())

@@ -24,9 +24,9 @@ class Baseline:
 def advantages(rewards, kind="grpo", baseline=None):
     """Rewards [P, G] -> advantages [P, G]. A group whose rewards are all equal, or of one sample, gets zeros, never NaN.
 
-    grpo     (R - group mean) / group standard deviation               (2402.03300, sec. 4.1.2)
-    dr_grpo  R - group mean                                            (2503.20783, sec. 3.2)
-    loo      R - mean of the others of its group                       (2503.00897, eq. 9)
+    grpo     (R - group mean) / group standard deviation               (GRPO, 2402.03300)
+    dr_grpo  R - group mean                                            (Dr. GRPO, 2503.20783)
+    loo      R - mean of the others of its group                       (LOOP, 2503.00897)
     ppo      (R - m) / s with m, s learnt across the run (Baseline); before its first update, of this batch
     """
     if kind == "ppo":
@@ -83,12 +83,12 @@ def line_logp(process, model, view):
 
 def sepo_loss(process, model, path, advantages, states="path", clip=0.2, consistency=0.0, entropy=0.0, events=1, view=None,
               generator=None):
-    """Score Entropy Policy Optimization (arXiv 2502.01384, eq. 13) -> (loss, stats of detached scalars).
+    """Score Entropy Policy Optimization (SEPO, arXiv 2502.01384) -> (loss, stats of detached scalars).
 
     advantages: float [B], or [B, L] where each transition has its own return. view: the states, from draw_view; pass the one
-    of the rollout, with its logp_old, to later updates of the same rollout (None: drawn here; logp_old None: theta = theta_old,
-    where the gradient of the loss is minus the policy gradient of the mean reward). consistency: weight of the likelihood
-    bound on the model's own samples. entropy: weight of the slot laws' entropy, in nats, as a bonus.
+    of the rollout, with its logp_old, to later updates of the same rollout (None: drawn here; logp_old None: theta is
+    theta_old, where the gradient of the loss is minus the policy gradient of the mean reward). consistency: weight of the
+    likelihood bound on the model's own samples. entropy: weight of the slot laws' entropy, in nats, as a bonus.
 
     On the line {x with slot i free} the slot law is w_v = softmax_v log s(x)_{i,v}. SEPO's ratio (w_v'/w_v)(s_v/s_v') is
     w'_{x_i} / w_{x_i} for every v, and sum_v w_v grad log s_v = -grad log w_{x_i}, so its sum over all neighbours of a

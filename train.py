@@ -173,7 +173,8 @@ class Exact:
         if self.steps is None and flags.time_conditioning:
             raise BadInput("an exact evaluation of a time-conditioned model needs a grid: add --steps=16")
         device = next(reference.parameters()).device
-        self.reward = ask(task, torch.tensor(list(itertools.product(range(task.vocab_size), repeat=task.length)), device=device))
+        everything = torch.tensor(list(itertools.product(range(task.vocab_size), repeat=task.length)), device=device)
+        self.reward = ask(task, everything)                                          # [V**L]
         self.reference = self.law(reference).log()                                   # [V**L]
         self.floor = (self.reference.exp() * self.reward).sum().item()               # J of the pre-trained model
         self.optimum = self.beta * torch.logsumexp(self.reference + self.reward / self.beta, 0).item() if self.beta else \
@@ -235,7 +236,8 @@ def plot(out, exact):
         right.plot([0] + [a["queries"] for a in shared], [0] + [a["share_of_optimum"] for a in shared], "k.-", lw=1)
         right.axhline(1, color="tab:green", ls="--", lw=1)
         right.axhline(0, color="tab:red", ls=":", lw=1)
-        right.set(xlabel="reward queries", ylabel="share of the optimum", ylim=(min(-0.05, *[a["share_of_optimum"] for a in shared], 0), 1.05))
+        worst = min([a["share_of_optimum"] for a in shared], default=0)
+        right.set(xlabel="reward queries", ylabel="share of the optimum", ylim=(min(worst, 0) - 0.05, 1.05))
     left.set(xlabel="reward queries", ylabel="reward")
     left.legend(fontsize=8)
     figure.tight_layout()
@@ -262,7 +264,8 @@ class Guard:
             return self.optimizer.step()
         self.skipped, self.row = self.skipped + 1, self.row + 1
         if self.row >= self.patience:
-            raise BadInput(f"{self.row} updates in a row had a loss or gradient that is not finite: try a smaller learning rate")
+            raise BadInput(f"{self.row} updates in a row had a loss or gradient that is not finite: "
+                           "try a smaller learning rate")
 
 
 class Log:
@@ -352,7 +355,8 @@ def convert(f, text):
     try:
         value = f.type(text)
     except ValueError:
-        raise BadInput(f"--{f.name}={text}: {dict(int='a whole number', float='a number')[f.type.__name__]} is needed") from None
+        kind = "a whole number" if f.type is int else "a number"
+        raise BadInput(f"--{f.name}={text}: {kind} is needed") from None
     choices, low, high = f.metadata["choices"], f.metadata["low"], f.metadata["high"]
     if choices and value not in choices:
         raise BadInput(f"--{f.name}={text}: {nearest(value, choices)}")

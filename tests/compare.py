@@ -24,8 +24,9 @@ VARIANTS = {
 def run(out, variant, seed):
     """One fine-tuning in a process of its own, on one core -> its lines with an exact evaluation."""
     folder = out / variant.replace(", ", "_").replace(" ", "_") / str(seed)
-    subprocess.run([sys.executable, ROOT / "train.py", "--task=toy", f"--seed={seed}", f"--out={folder}", "--overwrite", *VARIANTS[variant]],
-                   check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = ["train.py", "--task=toy", f"--seed={seed}", f"--out={folder.resolve()}", "--overwrite", *VARIANTS[variant]]
+    subprocess.run([sys.executable, *command], cwd=ROOT, check=True,
+                   env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     lines = [json.loads(line) for line in open(folder / "metrics.jsonl")]
     lines = [line for line in lines if "share_of_optimum" in line]
     print(f"{variant}, seed {seed}: {lines[-1]['share_of_optimum']:.3f}", file=sys.stderr, flush=True)
@@ -52,7 +53,8 @@ def main():
         queries = [0] + [line["queries"] for line in seeds[0]]
         curves = [[0] + [line["share_of_optimum"] for line in lines] for lines in seeds]
         line, = axis.plot(queries, [statistics.median(c) for c in zip(*curves)], label=name)
-        axis.fill_between(queries, *[[pick(c) for c in zip(*curves)] for pick in (min, max)], alpha=0.2, color=line.get_color())
+        low, high = ([pick(c) for c in zip(*curves)] for pick in (min, max))
+        axis.fill_between(queries, low, high, alpha=0.2, color=line.get_color())
         row = [min(range(len(queries)), key=lambda i: abs(queries[i] - q)) for q in (6400, 12800)]
         spread = [f"{min(c[i] for c in curves):.2f} to {max(c[i] for c in curves):.2f}" for i in row]
         print(f"| `{name}` | {spread[0]} | {spread[1]} | {', '.join(f'{c[-1]:.3f}' for c in curves)} |")

@@ -95,8 +95,8 @@ def test_kl_in_the_return_is_the_gradient_of_the_kl_of_paths():
     for first, second in ((0, 1), (1, 0)):                     # the two orders, each with chance one half
         start, middle = torch.full_like(x, 3), torch.full_like(x, 3)
         middle[:, first] = x[:, first]
-        logp, ref = (sum(m(state, None).log_softmax(-1)[torch.arange(9), i, x[:, i]] for state, i in ((start, first), (middle, second)))
-                     for m in (model, reference))
+        moves = ((start, first), (middle, second))
+        logp, ref = (sum(m(s, None).log_softmax(-1)[torch.arange(9), i, x[:, i]] for s, i in moves) for m in (model, reference))
         total = total + 0.5 * (logp.exp() * (logp - ref.detach())).sum()
     truth = -flat_gradient(total, model)
     torch.manual_seed(1)
