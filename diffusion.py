@@ -130,7 +130,7 @@ class Absorbing:
 
     def loss(self, model, x0, generator=None):
         """Denoising score entropy (SEDD, 2310.16834) of x0 [B, L] under the derived score -> scalar, nats a sequence: a
-        bound on -log p_theta(x0). With an absorbing chain it is the continuous-time weighted cross-entropy of MDLM (2406.07524)."""
+        bound on -log p_theta(x0). With an absorbing chain it is MDLM's weighted cross-entropy (2406.07524)."""
         view = self.noised_view(x0, torch.zeros_like(x0, dtype=torch.bool), generator)
         logp = self.log_law(model, view).gather(-1, view.y[..., None]).squeeze(-1)                   # [B, L]
         return -(view.weight * logp).sum() / len(x0)
@@ -168,7 +168,8 @@ class Absorbing:
         """Walk each row of x [B, L] through its own events: its j-th pass reveals its j-th group of slots -> Path.
 
         The law is that of ancestral sampling (MDLM, 2406.07524) without its empty steps (first hitting times, 2409.02908).
-        Rows that are done leave the batch, and only revealed slots reach the head. noise [B, L, V]: Gumbel noise to use instead of fresh."""
+        Rows that are done leave the batch, and only revealed slots reach the head. noise [B, L, V]: Gumbel noise to use
+        instead of fresh."""
         (B, L), device = x.shape, x.device
         event = event_index(time)
         row = event.amax(dim=1).argsort(descending=True)           # the longest paths first: those that go on are a prefix

@@ -84,8 +84,8 @@ def toy_data(n, generator=None):
 def toy_reward(tokens):
     """A quarter for each copy of TC, a sixteenth for each A -> [B], at most 3/4.
 
-    TCTCTC (12/16), TCTCAA (10/16), TCAAAA (8/16) and AAAAAA (6/16) are peaks: no change of one letter improves them, and the lower
-    a peak, the more of the data lies near it. Who climbs the nearest one is stuck."""
+    TCTCTC (12/16), TCTCAA (10/16), TCAAAA (8/16) and AAAAAA (6/16) are peaks: no change of one letter improves
+    them, and AAAAAA, the lowest, is the likeliest in the data. Who climbs the nearest one is stuck."""
     copies = ((tokens[:, :-1] == 3) & (tokens[:, 1:] == 1)).sum(dim=1)
     return copies / 4 + (tokens == 0).sum(dim=1) / 16
 

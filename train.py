@@ -72,27 +72,37 @@ class Flags:
 def main(argv=None):
     """The whole run; returns the report's dict. Raises BadInput for anything that the user can mend."""
     flags = parse_flags(Flags, sys.argv[1:] if argv is None else argv, task_defaults)
-    task, device, out = TASKS[flags.task], pick_device(flags.device), open_folder(flags)
+    task = TASKS[flags.task]
     torch.manual_seed(flags.seed)
-    try:
-        config = Config(task.vocab_size, task.length, flags.n_layer, flags.n_head, flags.n_embd, flags.dropout,
-                        flags.time_conditioning)
-        model, process = Denoiser(config).to(device), Absorbing(task.vocab_size)
-    except ValueError as error:
-        raise BadInput(str(error)) from error
+    model, process = build(flags, task, pick_device(flags.device))
+    out = open_folder(flags)                           # nothing is written before all of the input was found good
     log = Log(out / "metrics.jsonl")
 
-    pretrain(flags, task, process, model, log)
-    save(out / "pretrained.pt", task, model)
+    try:
+        pretrain(flags, task, process, model, log)
+    finally:                                           # on Ctrl-C or an error too: nothing that was learnt is lost
+        save(out / "pretrained.pt", task, model)
     model.eval()                                       # from here on no dropout: the ratio must be 1 at theta_old
     reference = deepcopy(model).requires_grad_(False)
     exact = Exact(flags, task, process, reference) if task.enumerable else None
     try:
         finetune(flags, task, process, model, reference, exact, log, lambda: plot(out, exact))
-    finally:                                           # on Ctrl-C or an error too: nothing that was learnt is lost
+    finally:
         save(out / "finetuned.pt", task, model)
     plot(out, exact)
     return report(flags, task, process, {"pre-trained": reference, "fine-tuned": model}, reference, exact)
+
+
+def build(flags, task, device):
+    """The network and its chain, or BadInput for a size or a combination of flags that cannot work."""
+    if task.enumerable and flags.time_conditioning and not flags.steps:
+        raise BadInput("an exact evaluation of a time-conditioned model needs a grid: add --steps=16")
+    config = Config(task.vocab_size, task.length, flags.n_layer, flags.n_head, flags.n_embd, flags.dropout,
+                    flags.time_conditioning)
+    try:
+        return Denoiser(config).to(device), Absorbing(task.vocab_size)
+    except ValueError as error:
+        raise BadInput(str(error)) from error
 
 
 def pretrain(flags, task, process, model, log):
@@ -170,8 +180,6 @@ class Exact:
 
     def __init__(self, flags, task, process, reference):
         self.process, self.length, self.steps, self.beta = process, task.length, flags.steps or None, flags.beta
-        if self.steps is None and flags.time_conditioning:
-            raise BadInput("an exact evaluation of a time-conditioned model needs a grid: add --steps=16")
         device = next(reference.parameters()).device
         everything = torch.tensor(list(itertools.product(range(task.vocab_size), repeat=task.length)), device=device)
         self.reward = ask(task, everything)                                          # [V**L]

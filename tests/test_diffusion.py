@@ -185,7 +185,7 @@ def test_score_entropy_of_the_derived_score_is_the_weighted_cross_entropy():
     masked, rate = x == V, 1 / (1 - t)[:, None]                                       # sigma'(t), for alpha = 1 - t
     s = process.log_score(model, x, t)
     r = torch.nn.functional.one_hot(x0, V) * ((1 - t) / t)[:, None, None]             # q(y | x0) / q(x | x0)
-    entropy = s.exp() - r * s + torch.xlogy(r, r) - r                                 # SEDD's score entropy, K(r) = r (log r - 1)
+    entropy = s.exp() - r * s + torch.xlogy(r, r) - r              # SEDD's score entropy, K(r) = r (log r - 1)
     sedd = (rate * masked * entropy.sum(-1).nan_to_num()).sum(1)
     logp = model(x, t).log_softmax(-1).gather(-1, x0[..., None]).squeeze(-1)
     mdlm = -(masked * logp).sum(1) / t                                                # -alpha' / (1 - alpha) = 1 / t

@@ -96,7 +96,7 @@ def test_kl_in_the_return_is_the_gradient_of_the_kl_of_paths():
         start, middle = torch.full_like(x, 3), torch.full_like(x, 3)
         middle[:, first] = x[:, first]
         moves = ((start, first), (middle, second))
-        logp, ref = (sum(m(s, None).log_softmax(-1)[torch.arange(9), i, x[:, i]] for s, i in moves) for m in (model, reference))
+        logp, ref = (sum(m(s).log_softmax(-1)[torch.arange(9), i, x[:, i]] for s, i in moves) for m in (model, reference))
         total = total + 0.5 * (logp.exp() * (logp - ref.detach())).sum()
     truth = -flat_gradient(total, model)
     torch.manual_seed(1)

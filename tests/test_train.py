@@ -109,12 +109,13 @@ def test_the_closed_form_optimum_has_share_one():
     (["--iters"], "argument --iters: expected one argument"),
     (["toy"], "unexpected 'toy': flags are written --name=value"),
     (["--n_embd=30"], "n_embd (30) must be a multiple of twice n_head (4): rotary pairs"),
-    (["--time_conditioning", "--pretrain_iters=1"], "needs a grid: add --steps=16"),
+    (["--time_conditioning"], "needs a grid: add --steps=16"),
 ])
 def test_bad_flags_get_one_line_and_status_2(args, message, tmp_path):
     done = command(f"--out={tmp_path / 'run'}", *args)
     assert done.returncode == 2 and done.stdout == ""
     assert message in done.stderr and done.stderr.count("\n") == 1 and done.stderr.startswith("train.py: ")
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_absent_gpu_is_a_line_too(tmp_path):
@@ -146,7 +147,7 @@ def test_help_shows_every_flag_with_its_default():
             assert f"(default: {f.default})" in text
 
 
-# ---- trouble on the way -------------------------------------------------------------------------------------------------------
+# ---- trouble on the way -------------------------------------------------------------------------------------------------
 
 def test_a_reward_that_fails_midway_stops_the_run_and_loses_nothing(tmp_path, monkeypatch):
     calls = []
