@@ -60,8 +60,8 @@ def main():
         print(f"| `{name}` | {spread[0]} | {spread[1]} | {', '.join(f'{c[-1]:.3f}' for c in curves)} |")
     axis.axhline(1, color="tab:green", ls="--", lw=1)
     axis.axhline(0, color="tab:red", ls=":", lw=1)
-    axis.set(xlabel="reward queries", ylabel=f"share of the optimum (median, range of {args.seeds} seeds)", ylim=(-0.5, 1.05))
-    axis.legend(loc="lower right")
+    axis.set(xlabel="reward queries", ylabel=f"share of the optimum (median, range of {args.seeds} seeds)")
+    axis.legend(loc="lower left")
     figure.tight_layout()
     figure.savefig(args.picture, dpi=110)
 
