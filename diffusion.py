@@ -211,8 +211,9 @@ class Absorbing:
         row = torch.arange(B, device=device).repeat(events)
         stratum = torch.arange(events, device=device).repeat_interleave(B)
         u = (stratum + stratified(B, generator, device).repeat(events)) / events
-        view = self.view(path, row, (u * path.n_events[row]).long())
-        view.weight = view.weight * (path.n_events[row] / events)[:, None]
+        n = path.n_events[row]
+        view = self.view(path, row, torch.minimum((u * n).long(), (n - 1).clamp(min=0)))    # u may round to 1
+        view.weight = view.weight * (n / events)[:, None]
         return view
 
     def terminal_view(self, path, generator=None):

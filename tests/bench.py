@@ -27,7 +27,7 @@ ROWS = [(27, 64, 128, 32), (27, 64, 1000, 32), (4, 200, 1000, 16), (5000, 64, 12
 
 @torch.no_grad()
 def ancestral(process, model, B, L, N, steps):
-    """The first `steps` of N ancestral steps, each with a softmax and a draw at every slot (exact.plain_loop, on any device)."""
+    """The first `steps` of N ancestral steps, a softmax and a draw at every slot (exact.plain_loop, on any device)."""
     x = torch.full((B, L), process.mask, device=next(model.parameters()).device)
     for k in range(N, N - steps, -1):
         p = model(x, torch.full((B,), k / N, device=x.device)).softmax(dim=-1)                       # [B, L, V]
@@ -74,8 +74,8 @@ def speed(device, timed=8):
         _, step = clock(lambda: ancestral(process, model, B, L, N, timed), 3, device)
         plain, cached_passes = step / timed * N, len(path.time.unique())             # a step without a reveal needs no pass
         cached, mine = step / timed * cached_passes, path.n_events.sum().item() / B
-        print(f"| {V}, {L}, {N}, {B} | {N} | {cached_passes} | {mine:.1f} | {plain:.2f} | {cached:.2f} | {ours:.3f} | {hidden:.3f} "
-              f"| {plain / ours:.1f} | {cached / ours:.1f} | {ours / hidden:.2f} |", flush=True)
+        print(f"| {V}, {L}, {N}, {B} | {N} | {cached_passes} | {mine:.1f} | {plain:.2f} | {cached:.2f} | {ours:.3f} | "
+              f"{hidden:.3f} | {plain / ours:.1f} | {cached / ours:.1f} | {ours / hidden:.2f} |", flush=True)
 
 
 def memory(device):

@@ -3,7 +3,6 @@ import itertools
 
 import torch
 
-from diffusion import Absorbing
 from model import Config, Denoiser
 
 
