@@ -248,6 +248,8 @@ def plot(out, exact):
         right.set(xlabel="reward queries", ylabel="share of the optimum", ylim=(min(worst, 0) - 0.05, 1.05))
     left.set(xlabel="reward queries", ylabel="reward")
     left.legend(fontsize=8)
+    for axis in axes[0]:
+        axis.locator_params(axis="x", nbins=5)
     figure.tight_layout()
     figure.savefig(out / "curve.png", dpi=110)
     plt.close(figure)
@@ -340,7 +342,9 @@ def parse_flags(cls, argv, defaults=lambda flags: {}):
     parser = argparse.ArgumentParser(description=sys.modules[cls.__module__].__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, f in known.items():
-        shown = f.metadata["help"] + ("" if f.default in ("", False) else f" (default: {f.default})")
+        own = [f"; {task.name}: {task.flags[name]}" for task in TASKS.values() if name in task.flags]
+        plain = f.type is bool or f.default == ""
+        shown = f.metadata["help"] + ("" if plain else f" (default: {f.default}{''.join(own)})")
         if f.type is bool:
             parser.add_argument(f"--{name}", action="store_true", help=shown, default=None)
         else:
