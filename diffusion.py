@@ -218,7 +218,7 @@ class Absorbing:
 
     def terminal_view(self, path, generator=None):
         """The final sample with one of its free slots masked again, drawn uniformly (t -> 0) -> View."""
-        free = path.time.isfinite()
+        free = ~path.given
         slots = torch.rand(free.shape, generator=generator, device=free.device).masked_fill(~free, -1).argmax(1, keepdim=True)
         row = torch.arange(len(free), device=free.device)
         weight = (free.sum(dim=1, keepdim=True) * free.gather(1, slots)).float()

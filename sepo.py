@@ -85,10 +85,11 @@ def sepo_loss(process, model, path, advantages, states="path", clip=0.2, consist
               generator=None):
     """Score Entropy Policy Optimization (SEPO, arXiv 2502.01384) -> (loss, stats of detached scalars).
 
-    advantages: float [B], or [B, L] where each transition has its own return. view: the states, from draw_view; pass the one
-    of the rollout, with its logp_old, to later updates of the same rollout (None: drawn here; logp_old None: theta is
-    theta_old, where the gradient of the loss is minus the policy gradient of the mean reward). consistency: weight of the
-    likelihood bound on the model's own samples. entropy: weight of the slot laws' entropy, in nats, as a bonus.
+    advantages: float [B], or, with states=path, [B, L] where each transition has its own return. view: the states, from
+    draw_view; pass the one of the rollout, with its logp_old, to later updates of the same rollout (None: drawn here;
+    logp_old None: theta is theta_old, where the gradient of the loss is minus the policy gradient of the mean reward).
+    consistency: weight of the likelihood bound on the model's own samples. entropy: weight of the slot laws' entropy, in
+    nats, as a bonus.
 
     On the line {x with slot i free} the slot law is w_v = softmax_v log s(x)_{i,v}. SEPO's ratio (w_v'/w_v)(s_v/s_v') is
     w'_{x_i} / w_{x_i} for every v, and sum_v w_v grad log s_v = -grad log w_{x_i}, so its sum over all neighbours of a

@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from copy import deepcopy
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path as File
 
 import torch
@@ -71,7 +71,7 @@ class Flags:
 
 def main(argv=None):
     """The whole run; returns the report's dict. Raises BadInput for anything that the user can mend."""
-    flags = parse_flags(Flags, sys.argv[1:] if argv is None else argv, task_defaults)
+    flags = parse_flags(sys.argv[1:] if argv is None else argv)
     task = TASKS[flags.task]
     torch.manual_seed(flags.seed)
     model, process = build(flags, task, pick_device(flags.device))
@@ -119,10 +119,9 @@ def pretrain(flags, task, process, model, log):
         guard.step(loss)
         total += loss.detach()
         if (i + 1) % 50 == 0 or i + 1 == flags.pretrain_iters:
-            mean = total.item() / (i % 50 + 1)
-            total = 0.0
-            log(phase="pretrain", iter=i + 1, loss=mean, seconds=time.time() - start)
-            bar.set_postfix_str(f"loss {mean:.3f} nats")
+            average, total = total.item() / (i % 50 + 1), 0.0
+            log(phase="pretrain", iter=i + 1, loss=average, seconds=time.time() - start)
+            bar.set_postfix_str(f"loss {average:.3f} nats")
 
 
 def finetune(flags, task, process, model, reference, exact, log, draw):
@@ -331,16 +330,16 @@ def nearest(word, words):
     return f"did you mean {close[0]}?" if close else f"one of {', '.join(words)}"
 
 
-def task_defaults(flags):
-    """Defaults that suit the task chosen; what the command line says comes after them."""
-    return TASKS[flags["task"]].flags
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise BadInput(message)                        # one line, where argparse would print its usage first
 
 
-def parse_flags(cls, argv, defaults=lambda flags: {}):
-    """Command line -> cls, a dataclass of flag() fields. BadInput, with the nearest valid word, for what it does not know."""
-    known = {f.name: f for f in fields(cls)}
-    parser = argparse.ArgumentParser(description=sys.modules[cls.__module__].__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_flags(argv):
+    """Command line -> Flags; the task's own defaults lie between Flags' and what the command line says. BadInput, with the
+    nearest valid word, for what it does not know."""
+    known = {f.name: f for f in fields(Flags)}
+    parser = Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, f in known.items():
         own = [f"; {task.name}: {task.flags[name]}" for task in TASKS.values() if name in task.flags]
         plain = f.type is bool or f.default == ""
@@ -349,15 +348,13 @@ def parse_flags(cls, argv, defaults=lambda flags: {}):
             parser.add_argument(f"--{name}", action="store_true", help=shown, default=None)
         else:
             parser.add_argument(f"--{name}", metavar="|".join(f.metadata["choices"] or [f.type.__name__.upper()]), help=shown)
-    parser.error = lambda message: (_ for _ in ()).throw(BadInput(message))
     given, unknown = parser.parse_known_args(argv)
     for word in unknown:
         name = word.lstrip("-").split("=")[0]
         raise BadInput(f"unknown flag {word.split('=')[0]}: {nearest(name, list(known))}" if word.startswith("--") else
                        f"unexpected {word!r}: flags are written --name=value")
     values = {name: convert(known[name], value) for name, value in vars(given).items() if value is not None}
-    everything = {f.name: f.default for f in known.values() if f.default is not MISSING} | values
-    return cls(**everything | defaults(everything) | values)
+    return Flags(**TASKS[values.get("task", Flags.task)].flags | values)
 
 
 def convert(f, text):
@@ -382,9 +379,13 @@ def run(main):
     try:
         main()
     except BadInput as error:
-        sys.exit(print(f"{File(sys.argv[0]).name}: {error}", file=sys.stderr) or 2)
+        message, status = error, 2
     except KeyboardInterrupt:
-        sys.exit(print(f"{File(sys.argv[0]).name}: stopped; what was learnt is saved", file=sys.stderr) or 130)
+        message, status = "stopped; what was learnt is saved", 130
+    else:
+        return
+    print(f"{File(sys.argv[0]).name}: {message}", file=sys.stderr)
+    sys.exit(status)
 
 
 if __name__ == "__main__":
