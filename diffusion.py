@@ -63,6 +63,19 @@ def event_index(time):
     return torch.empty_like(order).scatter_(1, order, rank)
 
 
+def schedule(event):
+    """Event index [B, L] -> what the loop over events needs: rows [B] with the longest paths first, so that those that go on
+    are a prefix; each row's slots in order of reveal, [B, L], given ones first; end [B, L + 1]: event j holds the places
+    end[:, j] to end[:, j + 1] of that order; and for each event how many rows have it, and the most slots in it."""
+    row = event.amax(dim=1).argsort(descending=True)
+    event = event[row]
+    size = torch.zeros(len(event), event.size(1) + 1, dtype=torch.long, device=event.device)
+    size.scatter_add_(1, event + 1, torch.ones_like(event))
+    active, width = torch.stack(((size > 0).sum(dim=0), size.amax(dim=0)))[:, 1:].tolist()         # the loop's only sync
+    n = sum(count > 0 for count in active)
+    return row, event.argsort(dim=1, stable=True), size.cumsum(dim=1), active[:n], width[:n]
+
+
 def logits_at(model, x, t, slots):
     """logits [n, k, V] at slots [n, k] alone. A model with `hidden_at` or `hidden` and `head` spends nothing on the rest."""
     def rows(h):
@@ -85,8 +98,9 @@ def stratified(n, generator=None, device=None):
 class Absorbing:
     """Masked diffusion: every slot turns into the mask, by itself, at a random time (SEDD, arXiv 2310.16834)."""
 
-    def __init__(self, vocab_size):
+    def __init__(self, vocab_size, cuda_graph=False):
         self.vocab_size = self.mask = vocab_size
+        self.graphs = {} if cuda_graph else None       # a captured pass for each model and shape; weights change in place
 
     def alpha(self, t):
         """Chance that a slot is still clean at time t."""
@@ -161,39 +175,67 @@ class Absorbing:
         x = torch.full((batch, length), self.mask, device=device)
         if prompt is not None:
             x = prompt.to(device).expand(batch, length).clone()
-        return self.reveal(model, x, self.reveal_times(x != self.mask, steps, generator), generator=generator)
+        return self.reveal(model, x, self.reveal_times(x != self.mask, steps, generator), None, generator, prompt is None)
 
     @torch.no_grad()
-    def reveal(self, model, x, time, noise=None, generator=None):
+    def reveal(self, model, x, time, noise=None, generator=None, alike=False):
         """Walk each row of x [B, L] through its own events: its j-th pass reveals its j-th group of slots -> Path.
 
         The law is that of ancestral sampling (MDLM, 2406.07524) without its empty steps (first hitting times, 2409.02908).
         Rows that are done leave the batch, and only revealed slots reach the head. noise [B, L, V]: Gumbel noise to use
-        instead of fresh."""
-        (B, L), device = x.shape, x.device
-        event = event_index(time)
-        row = event.amax(dim=1).argsort(descending=True)           # the longest paths first: those that go on are a prefix
-        x, time, event = x[row], time[row], event[row]
-        order = event.argsort(dim=1, stable=True)                  # [B, L] given slots, then event 0, 1, ...
-        size = torch.zeros(B, L + 1, dtype=torch.long, device=device).scatter_add_(1, event + 1, torch.ones_like(event))
-        end = size.cumsum(dim=1)                                   # event j holds places end[:, j] to end[:, j + 1] of order
-        active, width = torch.stack(((size > 0).sum(dim=0), size.amax(dim=0)))[:, 1:].tolist()     # the loop's only sync
-        x, logp = F.pad(x, (0, 1)), torch.zeros(B, L + 1, device=device)                           # column L takes padding
-        for j, (n, k) in enumerate(zip(active, width)):
-            if n == 0:
-                break
-            place = end[:n, j, None] + torch.arange(k, device=device)                              # [n, k]
-            real = place < end[:n, j + 1, None]
-            slots = order[:n].gather(1, place.clamp(max=L - 1))
-            t = time[:n].gather(1, slots[:, :1]).squeeze(1)                                        # [n]
-            logits = logits_at(model, x[:n, :L], t, slots)                                         # [n, k, V]
-            g = gumbel_like(logits, generator) if noise is None else noise[row[:n, None], slots]
-            y = (logits + g).argmax(dim=-1)                                                        # [n, k]
-            slots = slots.where(real, L)
-            x[:n].scatter_(1, slots, y)
-            logp[:n].scatter_(1, slots, logits.log_softmax(dim=-1).gather(-1, y[..., None]).squeeze(-1))
-        back = row.argsort()
-        return Path(x[back, :L], time[back], logp[back, :L], self.mask, max(width))
+        instead of fresh. alike: all rows of x are one state; if the model reads no time, one row computes the first pass."""
+        B, L = x.shape
+        row, order, end, active, width = schedule(event_index(time))
+        widest, replay = max(width, default=0), None
+        walk = (F.pad(x[row], (0, 1)), time.new_zeros(B, L + 1), time[row], order, end,            # column L takes padding
+                torch.zeros(1, dtype=torch.long, device=x.device))                                 # the event, on the device
+        if self.graphs is not None and width:                      # static shapes: every pass is that of the widest event
+            active, width = [B] * len(width), [1 << (widest - 1).bit_length()] * len(width)
+            if noise is None:
+                walk, fresh, replay = self._captured(model, walk, width[0])
+        alike = alike and not getattr(getattr(model, "config", None), "time_conditioning", True)
+
+        def gumbel(logits, slots):
+            return gumbel_like(logits, generator) if noise is None else noise[row[:len(slots), None], slots]
+        for e, (n, k) in enumerate(zip(active, width)):
+            walk[-1].fill_(e)
+            if replay is None or (alike and e == 0):
+                self._event(model, walk, n, k, gumbel, alike and e == 0)
+            else:
+                fresh.exponential_(generator=generator)
+                replay()
+        (x, logp, time, *_), back = walk, row.argsort()
+        return Path(x[back, :L], time[back], logp[back, :L], self.mask, widest)
+
+    def _event(self, model, walk, n, k, gumbel, alike=False):
+        """One pass, in place: each of the first n rows draws its j-th group of at most k slots."""
+        x, logp, time, order, end, j = walk
+        L = order.size(1)
+        place = end[:n].index_select(1, j) + torch.arange(k, device=x.device)                        # [n, k]
+        real = place < end[:n].index_select(1, j + 1)
+        slots = order[:n].gather(1, place.clamp(max=L - 1))
+        if alike:
+            logits = model.head(model.hidden(x[:1, :L], None))[0][slots]                             # [n, k, V]
+        else:
+            t = time[:n].gather(1, slots[:, :1]).squeeze(1).clamp(max=1)
+            logits = logits_at(model, x[:n, :L], t, slots)
+        y = (logits + gumbel(logits, slots)).argmax(dim=-1)                                          # [n, k]
+        slots = slots.where(real, L)
+        x[:n].scatter_(1, slots, y)
+        logp[:n].scatter_(1, slots, logits.log_softmax(dim=-1).gather(-1, y[..., None]).squeeze(-1))
+
+    def _captured(self, model, walk, k):
+        """The walk, copied into the buffers of a pass that is captured once -> (walk, noise [B, k, V], replay)."""
+        B, L = walk[2].shape
+        if (model, B, L, k) not in self.graphs:
+            if len(self.graphs) == 8:
+                del self.graphs[next(iter(self.graphs))]           # the oldest, and its memory
+            own, fresh = [part.clone() for part in walk], walk[1].new_ones(B, k, self.vocab_size)
+            replay = capture(lambda: self._event(model, own, B, k, lambda *_: -fresh.log()), fresh.device)
+            self.graphs[model, B, L, k] = own, fresh, replay
+        for part, buffer in zip(walk, self.graphs[model, B, L, k][0]):
+            buffer.copy_(part)
+        return self.graphs[model, B, L, k]
 
     # -- views of a path
 
@@ -284,6 +326,22 @@ class Absorbing:
 def gumbel_like(logits, generator=None):
     """Standard Gumbel noise: argmax(logits + noise) is a draw from softmax(logits)."""
     return -torch.empty_like(logits).exponential_(generator=generator).log()
+
+
+def capture(body, device):
+    """body(), which works on fixed buffers, as a CUDA graph -> a function that replays it with one launch. Elsewhere body."""
+    if device.type != "cuda":
+        return body
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):                             # libraries set themselves up in their first calls, outside a capture
+            body()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        body()
+    return graph.replay
 
 
 def device_of(model):

@@ -30,7 +30,7 @@ def at(h, slots):
 def rotate(x, cos, sin):
     """Rotary positions (RoFormer, arXiv 2104.09864, eq. 34): x [B, H, n, D/H], cos and sin [..., n, D/2H]."""
     a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)
 
 
 class Norm(nn.Module):
@@ -87,6 +87,7 @@ class Denoiser(nn.Module):
         if config.n_embd % (2 * config.n_head):
             raise ValueError(f"n_embd ({config.n_embd}) must be a multiple of twice n_head ({config.n_head}): rotary pairs")
         self.config, d = config, config.n_embd
+        self.autocast = None             # or torch.bfloat16: the blocks' matrix products; weights and residuals stay float32
         self.embedding = nn.Embedding(config.vocab_size + 1, d)
         self.time = nn.Sequential(nn.Linear(d, d), nn.SiLU(), nn.Linear(d, d), nn.SiLU()) if config.time_conditioning else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -132,9 +133,12 @@ class Denoiser(nn.Module):
         condition = None if self.time is None else self.condition(t)
         cos, sin = self.cos[:length], self.sin[:length]
         h = self.embedding(x)
-        for block in self.blocks[:-1]:
-            h = block(h, cos, sin, condition)
-        return self.norm(self.blocks[-1](h, cos, sin, condition, slots))
+        # no cache of cast weights: a captured graph must cast them anew, since updates change them in place
+        with torch.autocast(x.device.type, self.autocast, self.autocast is not None, cache_enabled=False):
+            for block in self.blocks[:-1]:
+                h = block(h, cos, sin, condition)
+            h = self.blocks[-1](h, cos, sin, condition, slots)
+        return self.norm(h)
 
     def head(self, h):
         """[..., D] -> logits [..., V], always float32: ratios of probabilities are taken of them."""

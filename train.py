@@ -36,6 +36,9 @@ class Flags:
     overwrite: bool = flag(False, "replace the run that --out holds")
     seed: int = flag(0, "seed of every random draw", low=0)
     device: str = flag("auto", "cpu, cuda, or auto: cuda where there is one", choices=["auto", "cpu", "cuda"])
+    dtype: str = flag("auto", "of the network's matrix products; auto: bfloat16 on cuda, float32 on cpu",
+                      choices=["auto", "float32", "bfloat16"])
+    cuda_graph: bool = flag(False, "replay a rollout's forward passes as one CUDA graph (cuda only; not yet measured)")
     # model
     n_layer: int = flag(4, "transformer blocks", low=1)
     n_head: int = flag(4, "attention heads", low=1)
@@ -99,10 +102,15 @@ def build(flags, task, device):
         raise BadInput("an exact evaluation of a time-conditioned model needs a grid: add --steps=16")
     config = Config(task.vocab_size, task.length, flags.n_layer, flags.n_head, flags.n_embd, flags.dropout,
                     flags.time_conditioning)
+    if flags.cuda_graph and device.type != "cuda":
+        raise BadInput("--cuda_graph needs --device=cuda")
     try:
-        return Denoiser(config).to(device), Absorbing(task.vocab_size)
+        model = Denoiser(config).to(device)
     except ValueError as error:
         raise BadInput(str(error)) from error
+    half = flags.dtype == "bfloat16" or (flags.dtype == "auto" and device.type == "cuda")
+    model.autocast = torch.bfloat16 if half else None
+    return model, Absorbing(task.vocab_size, flags.cuda_graph)
 
 
 def pretrain(flags, task, process, model, log):

@@ -67,7 +67,7 @@ def test_the_same_seed_gives_the_same_numbers(tiny, tmp_path):
 @pytest.mark.parametrize("extra", [
     ["--states=noised", "--consistency=0.3"], ["--states=terminal", "--advantage=ppo", "--entropy=0.01"],
     ["--steps=2", "--time_conditioning", "--advantage=loo"], ["--group=1"], ["--beta=0", "--path_events=3"],
-    ["--advantage=dr_grpo", "--dropout=0.1"]])
+    ["--advantage=dr_grpo", "--dropout=0.1", "--dtype=bfloat16"]])
 def test_every_choice_runs(extra, tmp_path):
     train.main([f"--out={tmp_path}", *TINY, *extra])
     last = json.loads(open(tmp_path / "metrics.jsonl").readlines()[-1])
@@ -109,6 +109,7 @@ def test_the_closed_form_optimum_has_share_one():
     (["--iters"], "argument --iters: expected one argument"),
     (["toy"], "unexpected 'toy': flags are written --name=value"),
     (["--n_embd=30"], "n_embd (30) must be a multiple of twice n_head (4): rotary pairs"),
+    (["--cuda_graph", "--device=cpu"], "--cuda_graph needs --device=cuda"),
     (["--time_conditioning"], "needs a grid: add --steps=16"),
 ])
 def test_bad_flags_get_one_line_and_status_2(args, message, tmp_path):
