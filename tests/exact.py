@@ -47,6 +47,20 @@ def posterior_table(p0, V, L):
     return Table(V, L, (joint / joint.sum(-1, keepdim=True)).clamp(min=1e-30).log().float())
 
 
+class Posterior(torch.nn.Module):
+    """p(x0_i = v | x_t) under the law softmax(logits) [V**L] and uniform noise, alpha = 1 - t, by Bayes over all."""
+
+    def __init__(self, p0, V, L):
+        super().__init__()
+        self.logits, self.x0, self.V = torch.nn.Parameter(p0.log()), sequences(V, L), V
+
+    def forward(self, x, t):
+        keep = (1 - t)[:, None, None]
+        q = (keep * (x[:, None] == self.x0) + (1 - keep) / self.V).prod(-1)                          # [B, V^L]
+        joint = torch.einsum("bs,siv->biv", q * self.logits.softmax(0), torch.nn.functional.one_hot(self.x0, self.V).float())
+        return (joint / joint.sum(-1, keepdim=True)).clamp(min=1e-30).log()
+
+
 def random_law(V, L, seed=0, spread=1.0):
     generator = torch.Generator().manual_seed(seed)
     return (spread * torch.randn(V ** L, generator=generator)).softmax(0)
