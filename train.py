@@ -20,9 +20,23 @@ import torch
 from tqdm import tqdm
 
 import sepo
-from diffusion import Absorbing
+from diffusion import SCHEDULES, Absorbing, Uniform
 from model import Config, Denoiser
 from rewards import TASKS, BadInput, ask
+
+
+CHAINS = {                # --process, and the defaults that suit it
+    "absorb": {},
+    "uniform": dict(steps=16, pretrain_iters=2000, pretrain_lr=1e-3, iters=300),
+}
+
+
+ALGOS = {                 # --algo, and the defaults that suit it
+    "sepo": {},
+    "loop": dict(advantage="loo", path_events=0),
+    "prdp": dict(path_events=0),
+    "reinforce": dict(advantage="running", updates=1, path_events=0),
+}
 
 
 def flag(default, help, choices=None, low=None, high=None):
@@ -39,30 +53,43 @@ class Flags:
     dtype: str = flag("auto", "of the network's matrix products; auto: bfloat16 on cuda, float32 on cpu",
                       choices=["auto", "float32", "bfloat16"])
     cuda_graph: bool = flag(False, "replay a rollout's forward passes as one CUDA graph (cuda only; not yet measured)")
+    # chain
+    process: str = flag("absorb", "noise: absorb turns letters into masks, uniform into other letters",
+                        choices=list(CHAINS))
+    schedule: str = flag("linear", "how the noise level runs over time", choices=list(SCHEDULES))
     # model
     n_layer: int = flag(4, "transformer blocks", low=1)
     n_head: int = flag(4, "attention heads", low=1)
     n_embd: int = flag(128, "channels; a multiple of 2 * n_head", low=2)
     dropout: float = flag(0.0, "dropout, in pre-training alone", low=0, high=0.9)
-    time_conditioning: bool = flag(False, "tell the network the time; masked diffusion does well without")
+    time_conditioning: bool = flag(False, "tell the network the time; always so with --process=uniform")
     # pre-training
     pretrain_iters: int = flag(800, "optimizer steps of pre-training", low=1)
     pretrain_batch: int = flag(128, "sequences a step", low=1)
     pretrain_lr: float = flag(2e-3, "peak learning rate; warm-up over 50 steps, then linear decay", low=0)
     data_size: int = flag(20000, "sequences of data that the task makes", low=1)
     # sampling
-    steps: int = flag(0, "grid of the reverse process; 0: none, each slot at its own exact time", low=0)
+    steps: int = flag(0, "grid of the reverse process; 0: none, every slot at its own exact time (absorb only)", low=0)
+    corrector_steps: int = flag(0, "moves of the corrector in every rollout", low=0)
+    corrector_t: float = flag(0.5, "time at which the reverse process pauses for the corrector", low=0.01, high=0.99)
     # fine-tuning
+    algo: str = flag("sepo", "sepo; loop (leave-one-out PPO); prdp (reward differences); reinforce (the baseline)",
+                     choices=list(ALGOS))
     iters: int = flag(150, "rollouts", low=1)
     prompts: int = flag(1, "prompts a rollout (P)", low=1)
     group: int = flag(128, "samples a prompt (G); a rollout asks P * G rewards", low=1)
     updates: int = flag(16, "optimizer steps a rollout", low=1)
     lr: float = flag(1e-3, "learning rate at the start; linear decay to 5%% of it", low=0)
     states: str = flag("path", "where SEPO takes the score", choices=["path", "noised", "terminal"])
-    path_events: int = flag(1, "with --states=path: events of each path scored an update, one forward pass each", low=1)
-    advantage: str = flag("grpo", "what a reward is compared with", choices=["grpo", "dr_grpo", "loo", "ppo"])
-    clip: float = flag(0.1, "PPO's clip of the ratio to 1 +- clip", low=0)
+    path_events: int = flag(1, "events of each path scored an update, one forward pass each; 0: all (not sepo)", low=0)
+    advantage: str = flag("grpo", "what a reward is compared with; prdp compares within the group",
+                          choices=["grpo", "dr_grpo", "loo", "ppo", "running"])
+    clip: float = flag(0.1, "clip of the ratio to 1 +- clip; prdp: of the log-ratio of a path, in nats", low=0)
     beta: float = flag(0.1, "price of a nat of KL to the pre-trained model, in units of reward", low=0)
+    beta_warmup: int = flag(0, "rollouts over which beta grows from 0", low=0)
+    kl: str = flag("return", "where the KL is paid: in the return, or in closed form in sepo's loss",
+                   choices=["return", "loss"])
+    ref_every: int = flag(0, "rollouts after which the KL's reference becomes the model of the day; 0: never", low=0)
     consistency: float = flag(0.0, "weight of the likelihood bound on own samples (steadies --states=noised; try 0.3)", low=0)
     entropy: float = flag(0.0, "entropy bonus, per nat of the slot laws", low=0)
     grad_clip: float = flag(1.0, "largest norm of a gradient", low=0)
@@ -98,19 +125,32 @@ def main(argv=None):
 
 def build(flags, task, device):
     """The network and its chain, or BadInput for a size or a combination of flags that cannot work."""
+    uniform, cuda = flags.process == "uniform", device.type == "cuda"
+    if uniform and flags.states == "noised":
+        raise BadInput("--states=noised scores masked slots, and --process=uniform has none: use path or terminal")
+    if uniform and not flags.steps:
+        raise BadInput("--process=uniform needs a grid: a slot may change at any time; try --steps=16")
     if task.enumerable and flags.time_conditioning and not flags.steps:
         raise BadInput("an exact evaluation of a time-conditioned model needs a grid: add --steps=16")
+    if flags.algo == "prdp" and not flags.beta:
+        raise BadInput("--algo=prdp regresses rewards on beta * log-ratios: it needs --beta above 0")
+    if flags.algo == "sepo" and not flags.path_events:
+        raise BadInput("--algo=sepo scores --path_events=1 or more; all of them is --algo=loop")
+    if flags.algo != "sepo" and (flags.states != "path" or flags.kl != "return"):
+        raise BadInput(f"--algo={flags.algo} knows --states=path and --kl=return alone: these two are sepo's")
+    if flags.cuda_graph and (uniform or not cuda):
+        raise BadInput("--cuda_graph needs --device=cuda and --process=absorb")
     config = Config(task.vocab_size, task.length, flags.n_layer, flags.n_head, flags.n_embd, flags.dropout,
-                    flags.time_conditioning)
-    if flags.cuda_graph and device.type != "cuda":
-        raise BadInput("--cuda_graph needs --device=cuda")
+                    flags.time_conditioning or uniform)
     try:
         model = Denoiser(config).to(device)
     except ValueError as error:
         raise BadInput(str(error)) from error
-    half = flags.dtype == "bfloat16" or (flags.dtype == "auto" and device.type == "cuda")
-    model.autocast = torch.bfloat16 if half else None
-    return model, Absorbing(task.vocab_size, flags.cuda_graph)
+    if flags.dtype == "bfloat16" or (flags.dtype == "auto" and cuda):
+        model.autocast = torch.bfloat16
+    if uniform:
+        return model, Uniform(task.vocab_size, flags.schedule)
+    return model, Absorbing(task.vocab_size, flags.schedule, flags.cuda_graph)
 
 
 def pretrain(flags, task, process, model, log):
@@ -135,39 +175,58 @@ def pretrain(flags, task, process, model, log):
 def finetune(flags, task, process, model, reference, exact, log, draw):
     """Rollout, reward, advantages, a few SEPO updates; again."""
     optimizer = torch.optim.AdamW(model.parameters(), flags.lr, weight_decay=0.0, fused=True)
-    guard, baseline, queries, start = Guard(model, optimizer, flags.grad_clip), sepo.Baseline(), 0, time.time()
+    guard, baseline, start = Guard(model, optimizer, flags.grad_clip), sepo.Baseline(), time.time()
+    queries = passes = 0               # rewards asked; states through the network, a backward pass counting two
     bar = tqdm(range(flags.iters), desc="fine-tune", disable=None, leave=False)
     for i in bar:
         set_lr(optimizer, flags.lr * max(0.05, 1 - i / flags.iters))
 
         # rollout: tokens, and the log-probability of every transition as it was drawn
         prompt = task.prompt(flags.prompts, None).repeat_interleave(flags.group, 0) if task.prompt else None
-        path = process.sample(model, flags.prompts * flags.group, task.length, flags.steps or None, prompt)
+        path = process.sample(model, flags.prompts * flags.group, task.length, flags.steps or None, prompt, None,
+                              flags.corrector_steps, flags.corrector_t)
         reward = ask(task, path.tokens)                                              # [B], the only use of the black box
         queries += len(reward)
 
         # what each sample is worth: its reward, less beta times what its path cost in nats
-        log_ratio = path.logp - process.replay(reference, path)                      # [B, L]
-        value = sepo.regularised(reward, log_ratio, flags.beta).view(flags.prompts, flags.group)
+        with torch.no_grad():
+            logp_ref = process.replay(reference, path)
+        log_ratio = path.logp - logp_ref                                             # a number for each transition
+        beta = flags.beta * min(1, (i + 1) / (flags.beta_warmup or 1))
+        value = sepo.regularised(reward, log_ratio, beta if flags.kl == "return" else 0)
+        value = value.view(flags.prompts, flags.group)
         advantage = sepo.advantages(value, flags.advantage, baseline).flatten()      # [B]
         baseline.update(value)
 
         # updates: `path` draws fresh states each time, their old log-probabilities being known; the others draw theirs once
-        view = None if flags.states == "path" else sepo.draw_view(process, path, flags.states)
-        if view is not None:
+        view = None
+        if flags.algo == "sepo" and flags.states != "path":
+            view = sepo.draw_view(process, path, flags.states)
             with torch.no_grad():
                 view.logp_old = sepo.line_logp(process, model, view)[0]
         losses, clipped = [], []
         for _ in range(flags.updates):
-            loss, stats = sepo.sepo_loss(process, model, path, advantage, flags.states, flags.clip, flags.consistency,
-                                         flags.entropy, flags.path_events, view)
+            if flags.algo == "sepo":
+                loss, stats = sepo.sepo_loss(process, model, path, advantage, flags.states, flags.clip, flags.consistency,
+                                             flags.entropy, flags.path_events, view, reference,
+                                             beta if flags.kl == "loss" else 0)
+            elif flags.algo == "prdp":
+                loss, stats = sepo.prdp_loss(process, model, path, reward.view_as(value), logp_ref, beta, flags.clip)
+            else:
+                clip = flags.clip if flags.algo == "loop" else float("inf")
+                loss, stats = sepo.loop_loss(process, model, path, advantage, clip, flags.path_events or None)
             guard.step(loss)
             losses.append(loss.detach())
             clipped.append(stats["clip_fraction"])
+        states = path.n_events.sum().item()
+        passes += 2 * states + flags.updates * (3 * flags.path_events * len(reward) or 4 * states)
+        if flags.ref_every and (i + 1) % flags.ref_every == 0:
+            reference = deepcopy(model).requires_grad_(False)
 
         last = i + 1 == flags.iters
-        line = dict(phase="finetune", iter=i + 1, loss=mean(losses), queries=queries, reward=reward.mean().item(),
-                    kl=log_ratio.sum(dim=1).mean().item(), clip_fraction=mean(clipped), skipped=guard.skipped)
+        line = dict(phase="finetune", iter=i + 1, loss=mean(losses), queries=queries, passes=passes,
+                    reward=reward.mean().item(),
+                    kl=log_ratio.flatten(1).sum(dim=1).mean().item(), clip_fraction=mean(clipped), skipped=guard.skipped)
         if exact and ((i + 1) % flags.eval_every == 0 or last):
             line.update(exact(model))
         log(**line, seconds=time.time() - start)
@@ -215,7 +274,9 @@ def report(flags, task, process, models, reference, exact, n=1000):
     for name, model in models.items():
         prompt = task.prompt(n, None) if task.prompt else None
         path = process.sample(model, n, task.length, flags.steps or None, prompt)
-        kl = (path.logp - process.replay(reference, path)).sum(dim=1).mean().item()
+        with torch.no_grad():
+            logp_ref = process.replay(reference, path)
+        kl = (path.logp - logp_ref).flatten(1).sum(dim=1).mean().item()
         rows[name] = dict(reward=ask(task, path.tokens).mean().item(), kl=kl, distinct=len(path.tokens.unique(dim=0)))
         if exact:
             truth = exact(model)
@@ -344,12 +405,13 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse_flags(argv):
-    """Command line -> Flags; the task's own defaults lie between Flags' and what the command line says. BadInput, with the
-    nearest valid word, for what it does not know."""
+    """Command line -> Flags; the defaults of the task and of the chain lie between Flags' and what the command line says.
+    BadInput, with the nearest valid word, for what it does not know."""
     known = {f.name: f for f in fields(Flags)}
     parser = Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    special = {task.name: task.flags for task in TASKS.values()} | CHAINS | ALGOS
     for name, f in known.items():
-        own = [f"; {task.name}: {task.flags[name]}" for task in TASKS.values() if name in task.flags]
+        own = [f"; {key}: {defaults[name]}" for key, defaults in special.items() if name in defaults]
         plain = f.type is bool or f.default == ""
         shown = f.metadata["help"] + ("" if plain else f" (default: {f.default}{''.join(own)})")
         if f.type is bool:
@@ -362,7 +424,8 @@ def parse_flags(argv):
         raise BadInput(f"unknown flag {word.split('=')[0]}: {nearest(name, list(known))}" if word.startswith("--") else
                        f"unexpected {word!r}: flags are written --name=value")
     values = {name: convert(known[name], value) for name, value in vars(given).items() if value is not None}
-    return Flags(**TASKS[values.get("task", Flags.task)].flags | values)
+    task, process, algo = (values.get(name, known[name].default) for name in ("task", "process", "algo"))
+    return Flags(**TASKS[task].flags | CHAINS[process] | ALGOS[algo] | values)
 
 
 def convert(f, text):

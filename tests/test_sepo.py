@@ -1,9 +1,12 @@
 """SEPO against autograd through the exact law, and by hand-made numbers. Seeds are fixed; tolerances are standard errors."""
+import itertools
+import math
+
 import pytest
 import torch
 
 import sepo
-from diffusion import Absorbing
+from diffusion import Absorbing, Path
 from exact import Table, flat_gradient, network, posterior_table, random_law, sequences
 
 
@@ -141,6 +144,145 @@ def test_a_return_for_each_transition():
     assert torch.allclose(sepo.sepo_loss(process, model, path, only, view=view)[0], expected, atol=1e-6)
 
 
+# ---- LOOP, REINFORCE, PRDP ----------------------------------------------------------------------------------------------
+
+def every_path(process, model, V, L):
+    """All L! * V**L paths of the chain without a grid -> (Path, probability of each)."""
+    orders = torch.tensor(list(itertools.permutations(range(L)))).repeat_interleave(V ** L, 0)
+    x = sequences(V, L).repeat(math.factorial(L), 1)
+    path = Path(x, (orders + 1) / (L + 1), torch.zeros(len(x), L), V, 1)
+    with torch.no_grad():
+        path.logp = process.replay(model, path)
+    return path, path.logp.sum(1).exp() / math.factorial(L)
+
+
+@pytest.mark.parametrize("kind", ["network", "table"])
+def test_loop_over_all_events_is_the_true_policy_gradient(kind):
+    """The mean over every path, by enumeration, against autograd through the exact law: equal, not only close."""
+    V, L, process = 2, 3, Absorbing(2)
+    model = network(V, L, n_embd=16) if kind == "network" else Table(V, L)
+    path, p = every_path(process, model, V, L)
+    assert p.sum().item() == pytest.approx(1, abs=1e-5)
+    loss, stats = sepo.loop_loss(process, model, path, p * toy_reward(path.tokens) * len(p))
+    truth = flat_gradient((process.exact_law(model, L) * toy_reward(sequences(V, L))).sum(), model)
+    assert torch.allclose(-flat_gradient(loss, model), truth, atol=1e-5) and stats["clip_fraction"] == 0
+
+
+@pytest.mark.parametrize("events", [None, 2])
+def test_loop_follows_the_policy_gradient_of_a_grid(events):
+    """Two steps for four slots: transitions move several slots at once."""
+    model, process = network(3, 4, n_embd=16), Absorbing(3)
+    truth = flat_gradient((process.exact_law(model, 4, 2) * toy_reward(sequences(3, 4))).sum(), model)
+    torch.manual_seed(7)
+    grads = []
+    for _ in range(30):
+        path = process.sample(model, 2000, 4, 2)
+        A = sepo.advantages(toy_reward(path.tokens)[None], "loo").squeeze(0)
+        grads.append(-flat_gradient(sepo.loop_loss(process, model, path, A, events=events)[0], model))
+    cosine, scale, error = compare(torch.stack(grads), truth)
+    assert cosine > 0.99 and abs(scale - 1) < 4 * error, (cosine, scale, error)
+
+
+def test_loop_clips_the_joint_ratio_of_a_transition():
+    """Two slots in one step, each with ratio 1.15: their product 1.3225 is clipped at 1.2, where SEPO clips neither slot."""
+    process, model = Absorbing(2), Table(2, 2, torch.zeros(9, 2, 2))
+    path = process.sample(model, 1, 2, steps=1)
+    path.logp = path.logp - torch.tensor(1.15).log()
+    for A, value, fraction in ((2.0, 2.4, 1), (-2.0, -2.645, 0)):
+        for events in (None, 1):
+            loss, stats = sepo.loop_loss(process, model, path, torch.tensor([A]), 0.2, events)
+            assert loss.item() == pytest.approx(-value, abs=1e-5) and stats["clip_fraction"] == fraction
+            assert (flat_gradient(loss, model) == 0).all() == bool(fraction)
+    assert sepo.sepo_loss(process, model, path, torch.tensor([2.0]))[1]["clip_fraction"] == 0
+
+
+def test_reinforce_is_loop_without_a_clip():
+    """-A log p(path), whatever the ratio's value at theta_old: one."""
+    model, process = network(3, 4), Absorbing(3)
+    torch.manual_seed(8)
+    path, A = process.sample(model, 16, 4), torch.randn(16)
+    plain = -(A * process.replay(model, path).sum(1)).mean()
+    loop, _ = sepo.loop_loss(process, model, path, A, float("inf"))
+    assert torch.allclose(flat_gradient(loop, model), flat_gradient(plain, model), atol=1e-5)
+
+
+def optimum(V=2, L=3, beta=0.5):
+    """A lookup-table policy at p* ~ p_ref exp(R / beta), with every path of it, its rewards and its reference."""
+    process, p_ref = Absorbing(V), random_law(V, L)
+    R = toy_reward(sequences(V, L))
+    model, reference = posterior_table((p_ref.log() + R / beta).softmax(0), V, L), posterior_table(p_ref, V, L)
+    path, _ = every_path(process, model, V, L)
+    with torch.no_grad():
+        return process, model, path, toy_reward(path.tokens)[None], process.replay(reference, path), beta
+
+
+def test_prdp_is_zero_exactly_at_the_closed_form_optimum_and_least_there():
+    process, model, path, R, logp_ref, beta = optimum()
+    loss, _ = sepo.prdp_loss(process, model, path, R, logp_ref, beta)
+    assert loss.item() == pytest.approx(0, abs=1e-9) and flat_gradient(loss, model).abs().max() < 1e-4
+    generator = torch.Generator().manual_seed(9)
+    for _ in range(5):
+        other = Table(2, 3, (model.logits + 0.1 * torch.randn(model.logits.shape, generator=generator)).detach())
+        assert sepo.prdp_loss(process, other, path, R, logp_ref, beta)[0] > 1e-4
+
+
+def test_prdp_is_the_mean_over_all_pairs_and_descends_the_regularised_objective():
+    """Against the double sum over pairs; and at theta_old its gradient is the policy gradient of R - beta log-ratio."""
+    process, _, path, R, logp_ref, beta = optimum()
+    model, G = Table(2, 3), R.numel()
+    with torch.no_grad():
+        path.logp = process.replay(model, path)
+    loss, _ = sepo.prdp_loss(process, model, path, R, logp_ref, beta)
+    d = beta * (process.replay(model, path) - logp_ref).sum(1) - R[0]
+    assert loss.item() == pytest.approx(((d[:, None] - d) ** 2).sum().item() / (2 * G * G) / (2 * beta), rel=1e-4)
+    A = sepo.advantages(sepo.regularised(R[0], path.logp - logp_ref, beta)[None], "dr_grpo")[0]
+    loop, _ = sepo.loop_loss(process, model, path, A)
+    assert torch.allclose(flat_gradient(loss, model), flat_gradient(loop, model), atol=1e-5)
+
+
+@pytest.mark.parametrize("drift, R, loss, stopped", [(0.3, -1, 0.18, 1), (0.3, 1, 0.125, 0), (0.05, -1, 0.125, 0)])
+def test_proximal_clip_by_hand(drift, R, loss, stopped):
+    """Two paths of one slot, beta = 1, rewards 0 and R, both log-ratios now 0; the second was `drift` when it was drawn, clip
+    0.1. Free, the errors differ by R: (R/2)^2 / 2. Drift 0.3 holds the second at 0.2: it may not fall further for R = -1,
+    where the error (1.2/2)^2 / 2 is the larger, and is free to turn back for R = 1."""
+    process, model = Absorbing(2), Table(2, 1, torch.zeros(3, 1, 2))
+    logp_ref = torch.full((2, 1), 0.5).log()
+    path = Path(torch.tensor([[0], [1]]), torch.full((2, 1), 0.5), logp_ref + torch.tensor([[0.0], [drift]]), 2, 1)
+    got, stats = sepo.prdp_loss(process, model, path, torch.tensor([[0.0, R]]), logp_ref, 1.0, 0.1)
+    assert got.item() == pytest.approx(loss, abs=1e-6) and stats["clip_fraction"].item() == 0.5 * stopped
+
+
+@pytest.mark.parametrize("G", [1, 4])
+def test_prdp_of_a_degenerate_group_is_zero(G):
+    """One sample, or equal rewards and a policy that is its reference."""
+    model, process = network(3, 4), Absorbing(3)
+    path = process.sample(model, G, 4)
+    loss, _ = sepo.prdp_loss(process, model, path, torch.ones(1, G), path.logp, 0.1)
+    assert loss.item() == pytest.approx(0, abs=1e-9) and flat_gradient(loss, model).abs().max() < 1e-6
+
+
+def test_replay_has_the_gradient_of_all_passes_whatever_the_chunk():
+    model, process = network(3, 5), Absorbing(3)
+    torch.manual_seed(10)
+    path, c = process.sample(model, 8, 5), torch.randn(8, 5)
+    direct = 0.0
+    for j in range(5):
+        logp = model(path.state(j), None).log_softmax(-1).gather(-1, path.tokens[..., None]).squeeze(-1)
+        direct = direct + (c * logp * (path.event == j)).sum()
+    direct = flat_gradient(direct, model)
+    for chunk in (None, 3):
+        assert torch.allclose(flat_gradient((c * process.replay(model, path, chunk)).sum(), model), direct, atol=1e-4)
+
+
+def test_closed_form_kl_by_hand():
+    """One slot, w = (1/2, 1/2), reference (1/4, 3/4): beta times KL(w || ref) is added."""
+    process, model = Absorbing(2), Table(2, 1, torch.zeros(3, 1, 2))
+    reference = Table(2, 1, torch.tensor([0.25, 0.75]).log().expand(3, 1, 2).clone())
+    path = process.sample(model, 4, 1)
+    loss, _ = sepo.sepo_loss(process, model, path, torch.zeros(4), reference=reference, beta=0.3)
+    assert loss.item() == pytest.approx(0.3 * (0.5 * math.log(2) + 0.5 * math.log(2 / 3)), abs=1e-6)
+
+
 # ---- the loss by hand ---------------------------------------------------------------------------------------------------
 
 def hand(ratio, A, clip=0.2, **kwargs):
@@ -196,6 +338,7 @@ R = torch.tensor([[1.0, 2.0, 3.0], [0.0, 0.0, 6.0]])
     ("grpo", [[-1.5 ** 0.5, 0, 1.5 ** 0.5], [-0.5 ** 0.5, -0.5 ** 0.5, 2 ** 0.5]]),
     ("dr_grpo", [[-1, 0, 1], [-2, -2, 4]]),
     ("loo", [[-1.5, 0, 1.5], [-3, -3, 6]]),
+    ("running", [[-1, 0, 1], [-2, -2, 4]]),
     ("ppo", [[-1 / 2, 0, 1 / 2], [-1, -1, 2]])])
 def test_advantages_by_hand(kind, expected):
     """ppo: mean 2, and variance (1 + 0 + 1 + 4 + 4 + 16) / 6 = 13 / 3, over the batch."""
@@ -203,7 +346,7 @@ def test_advantages_by_hand(kind, expected):
     assert torch.allclose(sepo.advantages(R, kind), scale * torch.tensor(expected, dtype=torch.float), atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["grpo", "dr_grpo", "loo", "ppo"])
+@pytest.mark.parametrize("kind", ["grpo", "dr_grpo", "loo", "ppo", "running"])
 @pytest.mark.parametrize("rewards", [torch.full((2, 4), 0.3), torch.tensor([[0.7]])])
 def test_degenerate_groups_get_zeros(kind, rewards):
     assert (sepo.advantages(rewards, kind) == 0).all()
@@ -216,3 +359,4 @@ def test_ppo_baseline_is_learnt_across_the_run():
     baseline.update(torch.full((1, 4), 4.0))
     expected = (R - 8 / 3) / (32 / 3 - 64 / 9) ** 0.5
     assert torch.allclose(sepo.advantages(R, "ppo", baseline), expected, atol=1e-5)
+    assert torch.allclose(sepo.advantages(R, "running", baseline), R - 8 / 3, atol=1e-5)

@@ -67,7 +67,11 @@ def test_the_same_seed_gives_the_same_numbers(tiny, tmp_path):
 @pytest.mark.parametrize("extra", [
     ["--states=noised", "--consistency=0.3"], ["--states=terminal", "--advantage=ppo", "--entropy=0.01"],
     ["--steps=2", "--time_conditioning", "--advantage=loo"], ["--group=1"], ["--beta=0", "--path_events=3"],
-    ["--advantage=dr_grpo", "--dropout=0.1", "--dtype=bfloat16"]])
+    ["--advantage=dr_grpo", "--dropout=0.1", "--dtype=bfloat16"], ["--schedule=cosine", "--corrector_steps=2"],
+    ["--algo=loop"], ["--algo=loop", "--path_events=2", "--process=uniform"], ["--algo=prdp", "--group=4", "--prompts=2"],
+    ["--algo=prdp", "--process=uniform", "--beta_warmup=3"], ["--algo=reinforce"], ["--kl=loss", "--ref_every=2"],
+    ["--process=uniform", "--steps=4"], ["--process=uniform", "--states=terminal", "--schedule=geometric"],
+    ["--process=uniform", "--corrector_steps=3", "--corrector_t=0.3", "--path_events=2"]])
 def test_every_choice_runs(extra, tmp_path):
     train.main([f"--out={tmp_path}", *TINY, *extra])
     last = json.loads(open(tmp_path / "metrics.jsonl").readlines()[-1])
@@ -98,7 +102,7 @@ def test_the_closed_form_optimum_has_share_one():
     (["--grup=8"], "unknown flag --grup: did you mean group?"),
     (["--task=toi"], "--task=toi: did you mean toy?"),
     (["--states=pth"], "--states=pth: did you mean path?"),
-    (["--advantage=zzz"], "--advantage=zzz: one of grpo, dr_grpo, loo, ppo"),
+    (["--advantage=zzz"], "--advantage=zzz: one of grpo, dr_grpo, loo, ppo, running"),
     (["--iters=many"], "--iters=many: a whole number is needed"),
     (["--iters=1.5"], "--iters=1.5: a whole number is needed"),
     (["--lr=fast"], "--lr=fast: a number is needed"),
@@ -109,7 +113,15 @@ def test_the_closed_form_optimum_has_share_one():
     (["--iters"], "argument --iters: expected one argument"),
     (["toy"], "unexpected 'toy': flags are written --name=value"),
     (["--n_embd=30"], "n_embd (30) must be a multiple of twice n_head (4): rotary pairs"),
-    (["--cuda_graph", "--device=cpu"], "--cuda_graph needs --device=cuda"),
+    (["--process=uniform", "--states=noised"], "--process=uniform has none: use path or terminal"),
+    (["--process=uniform", "--steps=0"], "--process=uniform needs a grid"),
+    (["--algo=prdp", "--beta=0"], "it needs --beta above 0"),
+    (["--path_events=0"], "all of them is --algo=loop"),
+    (["--algo=loop", "--states=noised"], "--algo=loop knows --states=path and --kl=return alone"),
+    (["--algo=prpd"], "--algo=prpd: did you mean prdp?"),
+    (["--schedule=linea"], "--schedule=linea: did you mean linear?"),
+    (["--corrector_t=1"], "--corrector_t=1: it must be at least 0.01 and at most 0.99"),
+    (["--cuda_graph", "--device=cpu"], "--cuda_graph needs --device=cuda and"),
     (["--time_conditioning"], "needs a grid: add --steps=16"),
 ])
 def test_bad_flags_get_one_line_and_status_2(args, message, tmp_path):
@@ -143,10 +155,10 @@ def test_an_unwritable_folder_is_a_line(tmp_path):
 def test_help_shows_every_flag_with_its_default():
     shown = {entry.split()[0]: " ".join(entry.split()) for entry in command("--help").stdout.split("\n  --")[1:]}
     for f in fields(train.Flags):
-        own = {"n_layer": "; toy: 2", "n_embd": "; toy: 64"}.get(f.name, "")
+        own = {"n_layer": "; toy: 2", "n_embd": "; toy: 64", "steps": "; uniform: 16"}.get(f.name, "")
         assert len(shown[f.name].split()) > 3
         if f.type is not bool and f.default != "":
-            assert shown[f.name].endswith(f"(default: {f.default}{own})")
+            assert f"(default: {f.default}{own}" in shown[f.name]
 
 
 # ---- trouble on the way -------------------------------------------------------------------------------------------------
