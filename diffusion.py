@@ -588,7 +588,7 @@ def push(mass, kernel):
     """Mass [W**L] over all sequences after a step in which the slots of each move by themselves, as kernel [W**L, L, W] says.
     The joint move of a sequence is the product of its halves' moves, so the sum over sequences is one matrix product."""
     def joint(moves):                                          # [S, l, W] -> [S, W**l]
-        p = torch.ones_like(moves[:, :1, 0])
+        p = moves.new_ones(len(moves), 1)
         for move in moves.unbind(dim=1):
             p = (p[:, :, None] * move[:, None]).flatten(1)
         return p

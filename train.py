@@ -1,6 +1,7 @@
 """Pre-train a discrete diffusion model on a task's data, then fine-tune it on the task's black-box reward.
 
     python train.py --task=toy            about a minute and a half on two CPU cores; results in out/toy
+    python train.py --task=toy --resume   go on with a run that was stopped, to the same numbers
     python train.py --help                every flag
 
 Read from main() down: it tells the story in the order in which it runs.
@@ -10,12 +11,15 @@ import difflib
 import itertools
 import json
 import os
+import random
+import signal
 import sys
 import time
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path as File
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -30,11 +34,10 @@ CHAINS = {                # --process, and the defaults that suit it
     "uniform": dict(steps=16, pretrain_iters=2000, pretrain_lr=1e-3, iters=300),
 }
 
-
 ALGOS = {                 # --algo, and the defaults that suit it
     "sepo": {},
-    "loop": dict(advantage="loo", path_events=0),
-    "prdp": dict(path_events=0),
+    "loop": dict(advantage="loo", updates=8, path_events=0),
+    "prdp": dict(updates=8, path_events=0),
     "reinforce": dict(advantage="running", updates=1, path_events=0),
 }
 
@@ -45,9 +48,11 @@ def flag(default, help, choices=None, low=None, high=None):
 
 @dataclass
 class Flags:
-    task: str = flag("toy", "what to learn", choices=list(TASKS))
+    task: str = flag("toy", "what to learn", choices=TASKS)
     out: str = flag("", "folder for results (default: out/<task>)")
     overwrite: bool = flag(False, "replace the run that --out holds")
+    resume: bool = flag(False, "go on with the run that --out holds, with its own flags")
+    save_every: float = flag(30.0, "seconds between two saves of last.pt, from which --resume goes on", low=0)
     seed: int = flag(0, "seed of every random draw", low=0)
     device: str = flag("auto", "cpu, cuda, or auto: cuda where there is one", choices=["auto", "cpu", "cuda"])
     dtype: str = flag("auto", "of the network's matrix products; auto: bfloat16 on cuda, float32 on cpu",
@@ -55,8 +60,8 @@ class Flags:
     cuda_graph: bool = flag(False, "replay a rollout's forward passes as one CUDA graph (cuda only; not yet measured)")
     # chain
     process: str = flag("absorb", "noise: absorb turns letters into masks, uniform into other letters",
-                        choices=list(CHAINS))
-    schedule: str = flag("linear", "how the noise level runs over time", choices=list(SCHEDULES))
+                        choices=CHAINS)
+    schedule: str = flag("linear", "how the noise level runs over time", choices=SCHEDULES)
     # model
     n_layer: int = flag(4, "transformer blocks", low=1)
     n_head: int = flag(4, "attention heads", low=1)
@@ -74,7 +79,7 @@ class Flags:
     corrector_t: float = flag(0.5, "time at which the reverse process pauses for the corrector", low=0.01, high=0.99)
     # fine-tuning
     algo: str = flag("sepo", "sepo; loop (leave-one-out PPO); prdp (reward differences); reinforce (the baseline)",
-                     choices=list(ALGOS))
+                     choices=ALGOS)
     iters: int = flag(150, "rollouts", low=1)
     prompts: int = flag(1, "prompts a rollout (P)", low=1)
     group: int = flag(128, "samples a prompt (G); a rollout asks P * G rewards", low=1)
@@ -106,19 +111,20 @@ def main(argv=None):
     torch.manual_seed(flags.seed)
     model, process = build(flags, task, pick_device(flags.device))
     out = open_folder(flags)                           # nothing is written before all of the input was found good
-    log = Log(out / "metrics.jsonl")
 
-    try:
-        pretrain(flags, task, process, model, log)
-    finally:                                           # on Ctrl-C or an error too: nothing that was learnt is lost
-        save(out / "pretrained.pt", task, model)
-    model.eval()                                       # from here on no dropout: the ratio must be 1 at theta_old
-    reference = deepcopy(model).requires_grad_(False)
-    exact = Exact(flags, task, process, reference) if task.enumerable else None
-    try:
-        finetune(flags, task, process, model, reference, exact, log, lambda: plot(out, exact))
-    finally:
-        save(out / "finetuned.pt", task, model)
+    with Session(out, flags) as session:
+        if session.phase == "pretrain":
+            pretrain(flags, task, process, model, session)
+            save(out / "pretrained.pt", task, model)
+        else:
+            load(out / "pretrained.pt", model)
+        model.eval()                                   # from here on no dropout: the ratio must be 1 at theta_old
+        reference = deepcopy(model).requires_grad_(False)
+        exact = Exact(flags, task, process, reference) if task.enumerable else None
+        try:
+            finetune(flags, task, process, model, deepcopy(reference), exact, session, lambda: plot(out, exact))
+        finally:                                       # on Ctrl-C or an error too: nothing that was learnt is lost
+            save(out / "finetuned.pt", task, model)
     plot(out, exact)
     return report(flags, task, process, {"pre-trained": reference, "fine-tuned": model}, reference, exact)
 
@@ -153,32 +159,35 @@ def build(flags, task, device):
     return model, Absorbing(task.vocab_size, flags.schedule, flags.cuda_graph)
 
 
-def pretrain(flags, task, process, model, log):
+def pretrain(flags, task, process, model, session):
     """Minimise the score entropy of the task's data."""
     device = next(model.parameters()).device
     data = task.data(flags.data_size, torch.Generator().manual_seed(flags.seed)).to(device)          # [n, L]
     optimizer = torch.optim.AdamW(model.parameters(), flags.pretrain_lr, weight_decay=0.01, fused=True)
-    guard, total, start = Guard(model, optimizer, flags.grad_clip), 0.0, time.time()
-    bar = tqdm(range(flags.pretrain_iters), desc="pre-train", disable=None, leave=False)
-    for i in bar:
+    guard, window, text = Guard(model, optimizer, flags.grad_clip), dict(total=torch.zeros(()), n=0), "warming up"
+    parts = dict(model=model, optimizer=optimizer, guard=guard.count, window=window)
+    for i in session.steps("pretrain", flags.pretrain_iters, parts):
         set_lr(optimizer, flags.pretrain_lr * min((i + 1) / 50, max(0.05, 1 - i / flags.pretrain_iters)))
         x0 = data[torch.randint(len(data), (flags.pretrain_batch,), device=device)]
         loss = process.loss(model, x0)
         guard.step(loss)
-        total += loss.detach()
+        window.update(total=window["total"] + loss.detach(), n=window["n"] + 1)
         if (i + 1) % 50 == 0 or i + 1 == flags.pretrain_iters:
-            average, total = total.item() / (i % 50 + 1), 0.0
-            log(phase="pretrain", iter=i + 1, loss=average, seconds=time.time() - start)
-            bar.set_postfix_str(f"loss {average:.3f} nats")
+            average = window["total"].item() / window["n"]
+            window.update(total=torch.zeros(()), n=0)
+            session.log(phase="pretrain", iter=i + 1, loss=average)
+            text = f"loss {average:.3f} nats"
+        session.end(i, parts, text)
 
 
-def finetune(flags, task, process, model, reference, exact, log, draw):
-    """Rollout, reward, advantages, a few SEPO updates; again."""
+def finetune(flags, task, process, model, reference, exact, session, draw):
+    """Rollout, reward, advantages, a few updates; again."""
     optimizer = torch.optim.AdamW(model.parameters(), flags.lr, weight_decay=0.0, fused=True)
-    guard, baseline, start = Guard(model, optimizer, flags.grad_clip), sepo.Baseline(), time.time()
-    queries = passes = 0               # rewards asked; states through the network, a backward pass counting two
-    bar = tqdm(range(flags.iters), desc="fine-tune", disable=None, leave=False)
-    for i in bar:
+    guard, baseline = Guard(model, optimizer, flags.grad_clip), sepo.Baseline()
+    count = dict(queries=0, passes=0)  # rewards asked; states through the network, a backward pass counting two
+    parts = dict(model=model, reference=reference, optimizer=optimizer, guard=guard.count, baseline=vars(baseline),
+                 count=count)
+    for i in session.steps("finetune", flags.iters, parts):
         set_lr(optimizer, flags.lr * max(0.05, 1 - i / flags.iters))
 
         # rollout: tokens, and the log-probability of every transition as it was drawn
@@ -186,7 +195,6 @@ def finetune(flags, task, process, model, reference, exact, log, draw):
         path = process.sample(model, flags.prompts * flags.group, task.length, flags.steps or None, prompt, None,
                               flags.corrector_steps, flags.corrector_t)
         reward = ask(task, path.tokens)                                              # [B], the only use of the black box
-        queries += len(reward)
 
         # what each sample is worth: its reward, less beta times what its path cost in nats
         with torch.no_grad():
@@ -198,41 +206,45 @@ def finetune(flags, task, process, model, reference, exact, log, draw):
         advantage = sepo.advantages(value, flags.advantage, baseline).flatten()      # [B]
         baseline.update(value)
 
-        # updates: `path` draws fresh states each time, their old log-probabilities being known; the others draw theirs once
-        view = None
-        if flags.algo == "sepo" and flags.states != "path":
-            view = sepo.draw_view(process, path, flags.states)
-            with torch.no_grad():
-                view.logp_old = sepo.line_logp(process, model, view)[0]
+        # updates, each from fresh events of the path
+        loss_of = objective(flags, process, model, reference, path, reward.view_as(value), advantage, logp_ref, beta)
         losses, clipped = [], []
         for _ in range(flags.updates):
-            if flags.algo == "sepo":
-                loss, stats = sepo.sepo_loss(process, model, path, advantage, flags.states, flags.clip, flags.consistency,
-                                             flags.entropy, flags.path_events, view, reference,
-                                             beta if flags.kl == "loss" else 0)
-            elif flags.algo == "prdp":
-                loss, stats = sepo.prdp_loss(process, model, path, reward.view_as(value), logp_ref, beta, flags.clip)
-            else:
-                clip = flags.clip if flags.algo == "loop" else float("inf")
-                loss, stats = sepo.loop_loss(process, model, path, advantage, clip, flags.path_events or None)
+            loss, stats = loss_of()
             guard.step(loss)
             losses.append(loss.detach())
             clipped.append(stats["clip_fraction"])
-        states = path.n_events.sum().item()
-        passes += 2 * states + flags.updates * (3 * flags.path_events * len(reward) or 4 * states)
         if flags.ref_every and (i + 1) % flags.ref_every == 0:
-            reference = deepcopy(model).requires_grad_(False)
+            reference.load_state_dict(model.state_dict())
 
-        last = i + 1 == flags.iters
-        line = dict(phase="finetune", iter=i + 1, loss=mean(losses), queries=queries, passes=passes,
-                    reward=reward.mean().item(),
-                    kl=log_ratio.flatten(1).sum(dim=1).mean().item(), clip_fraction=mean(clipped), skipped=guard.skipped)
-        if exact and ((i + 1) % flags.eval_every == 0 or last):
+        states = path.n_events.sum().item()
+        count["queries"] += len(reward)
+        count["passes"] += 2 * states + flags.updates * (3 * flags.path_events * len(reward) or 4 * states)
+        line = dict(phase="finetune", iter=i + 1, loss=mean(losses), **count, reward=reward.mean().item(),
+                    reward_std=reward.std(correction=0).item(), kl=log_ratio.flatten(1).sum(dim=1).mean().item(),
+                    clip_fraction=mean(clipped), skipped=guard.count["skipped"])
+        if exact and ((i + 1) % flags.eval_every == 0 or i + 1 == flags.iters):
             line.update(exact(model))
-        log(**line, seconds=time.time() - start)
-        bar.set_postfix_str(f"reward {line['reward']:.3f}  KL {line['kl']:.2f}")
-        if (i + 1) % 50 == 0:
+        session.log(**line)
+        if (i + 1) % 25 == 0:
             draw()
+        session.end(i, parts, f"reward {line['reward']:.3f}  KL {line['kl']:.2f} nats")
+
+
+def objective(flags, process, model, reference, path, reward, advantage, logp_ref, beta):
+    """The chosen method's loss on this rollout -> a function of nothing: (loss, stats) at the weights as they are."""
+    if flags.algo == "prdp":
+        return lambda: sepo.prdp_loss(process, model, path, reward, logp_ref, beta, flags.clip)
+    if flags.algo in ("loop", "reinforce"):
+        clip = flags.clip if flags.algo == "loop" else float("inf")
+        return lambda: sepo.loop_loss(process, model, path, advantage, clip, flags.path_events or None)
+    view = None                        # `path` draws fresh states each time, their old log-probabilities being known
+    if flags.states != "path":         # the others draw theirs once
+        view = sepo.draw_view(process, path, flags.states)
+        with torch.no_grad():
+            view.logp_old = sepo.line_logp(process, model, view)[0]
+    return lambda: sepo.sepo_loss(process, model, path, advantage, flags.states, flags.clip, flags.consistency, flags.entropy,
+                                  flags.path_events, view, reference, beta if flags.kl == "loss" else 0)
 
 
 # ---- exact evaluation of enumerable tasks -------------------------------------------------------------------------------
@@ -292,35 +304,53 @@ def report(flags, task, process, models, reference, exact, n=1000):
 
 
 def plot(out, exact):
-    """curve.png from metrics.jsonl: the reward, and the share of the optimum, over the rewards asked."""
+    """curve.png from metrics.jsonl, over the rewards asked: the reward, the share of the optimum, the KL, the clip."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     lines = [json.loads(line) for line in open(out / "metrics.jsonl")]
     lines = [line for line in lines if line["phase"] == "finetune"]
     shared = [line for line in lines if "share_of_optimum" in line]
-    figure, axes = plt.subplots(1, 2 if exact else 1, figsize=(10 if exact else 6, 3.6), squeeze=False)
-    left = axes[0, 0]
-    left.plot([a["queries"] for a in lines], [a["reward"] for a in lines], lw=1, alpha=0.6, label="mean of a rollout")
+    x, reward, spread, kl, clip = (np.array([line[key] for line in lines]) for key in
+                                   ("queries", "reward", "reward_std", "kl", "clip_fraction"))
+    figure, ((top, right), (low, last)) = plt.subplots(2, 2, figsize=(10, 6), sharex=True)
+    top.fill_between(x, reward - spread, reward + spread, alpha=0.15, lw=0, label="spread of the samples")
+    top.plot(x, reward, lw=0.7, alpha=0.5, color="tab:blue", label="mean of a rollout")
+    top.plot(x, smooth(reward), color="tab:blue", label="smoothed")
+    low.plot(x, kl, lw=0.7, alpha=0.5, color="tab:purple")
+    low.plot(x, smooth(kl), color="tab:purple")
+    last.plot(x, clip, lw=0.7, color="tab:orange")
     if exact:
         star = torch.softmax(exact.reference + exact.reward / exact.beta, 0) if exact.beta else None
         best = (star * exact.reward).sum().item() if exact.beta else exact.optimum
-        left.plot([a["queries"] for a in shared], [a["exact_reward"] for a in shared], "k.-", lw=1, label="exact")
-        left.axhline(best, color="tab:green", ls="--", lw=1, label="optimum")
-        left.axhline(exact.floor, color="tab:red", ls=":", lw=1, label="pre-trained")
-        right = axes[0, 1]
+        top.plot([a["queries"] for a in shared], [a["exact_reward"] for a in shared], "k.-", lw=1, label="exact")
+        top.axhline(best, color="tab:green", ls="--", lw=1, label="optimum")
+        top.axhline(exact.floor, color="tab:red", ls=":", lw=1, label="pre-trained")
         right.plot([0] + [a["queries"] for a in shared], [0] + [a["share_of_optimum"] for a in shared], "k.-", lw=1)
         right.axhline(1, color="tab:green", ls="--", lw=1)
         right.axhline(0, color="tab:red", ls=":", lw=1)
         worst = min([a["share_of_optimum"] for a in shared], default=0)
-        right.set(xlabel="reward queries", ylabel="share of the optimum", ylim=(min(worst, 0) - 0.05, 1.05))
-    left.set(xlabel="reward queries", ylabel="reward")
-    left.legend(fontsize=8)
-    for axis in axes[0]:
-        axis.locator_params(axis="x", nbins=5)
+        right.set(ylabel="share of the optimum", ylim=(min(worst, 0) - 0.05, 1.05))
+    else:
+        right.plot(x, [line["loss"] for line in lines], lw=0.7, color="tab:gray")
+        right.set(ylabel="loss")
+    top.set(ylabel="reward")
+    low.set(xlabel="reward queries", ylabel="KL of paths to pre-trained (nats)")
+    last.set(xlabel="reward queries", ylabel="share of slots clipped", ylim=(0, None))
+    top.legend(fontsize=7)
+    top.locator_params(axis="x", nbins=5)
     figure.tight_layout()
-    figure.savefig(out / "curve.png", dpi=110)
+    figure.savefig(out / "curve.part.png", dpi=110)
+    os.replace(out / "curve.part.png", out / "curve.png")
     plt.close(figure)
+
+
+def smooth(values, width=10):
+    """Mean over the last `width` values, fewer at the start."""
+    total = np.concatenate(([0.0], np.cumsum(values)))
+    end = np.arange(1, len(values) + 1)
+    start = np.maximum(end - width, 0)
+    return (total[end] - total[start]) / (end - start)
 
 
 # ---- plumbing -----------------------------------------------------------------------------------------------------------
@@ -331,30 +361,107 @@ class Guard:
 
     def __init__(self, model, optimizer, grad_clip, patience=20):
         self.parameters, self.optimizer, self.grad_clip = list(model.parameters()), optimizer, grad_clip
-        self.patience, self.skipped, self.row = patience, 0, 0
+        self.patience, self.count = patience, dict(skipped=0, row=0)
 
     def step(self, loss):
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.grad_clip)
         if (loss.detach() + norm).isfinite():
-            self.row = 0
+            self.count["row"] = 0
             return self.optimizer.step()
-        self.skipped, self.row = self.skipped + 1, self.row + 1
-        if self.row >= self.patience:
-            raise BadInput(f"{self.row} updates in a row had a loss or gradient that is not finite: "
+        self.count["skipped"] += 1
+        self.count["row"] += 1
+        if self.count["row"] >= self.patience:
+            raise BadInput(f"{self.patience} updates in a row had a loss or gradient that is not finite: "
                            "try a smaller learning rate")
 
 
-class Log:
-    """metrics.jsonl, one JSON object a line, flushed as it comes."""
+class Session:
+    """A run as it goes by: metrics.jsonl, progress on standard error, and last.pt, from which --resume goes on to the same
+    numbers. The first Ctrl-C lets the update finish and saves; a second one stops at once."""
 
-    def __init__(self, file):
-        self.file = open(file, "w")
+    def __init__(self, out, flags):
+        self.out, self.every, self.stopping, self.saved = out, flags.save_every, False, None
+        if flags.resume and (out / "last.pt").exists():
+            self.saved = read(out / "last.pt")
+        self.phase = self.saved["phase"] if self.saved else "pretrain"
+        kept = open(out / "metrics.jsonl").readlines()[:self.saved["lines"]] if self.saved else []
+        self.lines, self.gone = len(kept), self.saved["seconds"] if self.saved else 0.0
+        part = out / "metrics.part"                    # what a killed run logged after its last save is not part of it
+        part.write_text("".join(kept))
+        os.replace(part, out / "metrics.jsonl")
+        self.file = open(out / "metrics.jsonl", "a")
 
-    def __call__(self, **line):
-        self.file.write(json.dumps(line) + "\n")
+    def __enter__(self):
+        def stop(*_):
+            if self.stopping:
+                raise KeyboardInterrupt("stopped at once")
+            self.stopping = True
+        self.handler = signal.signal(signal.SIGINT, stop)
+        return self
+
+    def __exit__(self, *_):
+        signal.signal(signal.SIGINT, self.handler)
+        self.file.close()
+
+    def log(self, **line):
+        """One JSON object a line, flushed as it comes; seconds: of this phase, over all its sittings."""
+        self.file.write(json.dumps(line | dict(seconds=self.gone + time.time() - self.start)) + "\n")
         self.file.flush()
+        self.lines += 1
+
+    def steps(self, phase, total, parts):
+        """The phase's iterations that are left, after its parts were set to what was saved."""
+        first = 0
+        if self.saved and self.saved["phase"] == phase:
+            first = self.saved["iter"]
+            for name, part in parts.items():
+                (part.update if isinstance(part, dict) else part.load_state_dict)(self.saved["parts"][name])
+            set_random_state(self.saved["random"])
+        else:
+            self.gone = 0.0
+        self.phase, self.total, self.first, self.start, self.last = phase, total, first, time.time(), time.time()
+        self.bar = tqdm(total=total, initial=first, desc=phase, leave=False) if sys.stderr.isatty() else None
+        try:
+            yield from range(first, total)
+        finally:
+            if self.bar:
+                self.bar.close()
+
+    def end(self, i, parts, text):
+        """The end of iteration i: progress, and last.pt if it is time, or the last iteration, or Ctrl-C was pressed."""
+        last = i + 1 == self.total
+        if self.bar:
+            self.bar.set_postfix_str(text, refresh=False)
+            self.bar.update()
+        elif last or (i + 1) % max(1, self.total // 10) == 0:
+            left = (time.time() - self.start) / (i + 1 - self.first) * (self.total - i - 1)
+            print(f"{self.phase} {i + 1}/{self.total}: {text}, {left:.0f} s left", file=sys.stderr, flush=True)
+        if last or self.stopping or time.time() - self.last >= self.every:
+            self.last = time.time()
+            state = dict(phase=self.phase, iter=i + 1, lines=self.lines, seconds=self.gone + self.last - self.start,
+                         random=random_state(),
+                         parts={k: part if isinstance(part, dict) else part.state_dict() for k, part in parts.items()})
+            write(self.out / "last.pt", state)
+        if self.stopping:
+            raise KeyboardInterrupt(f"stopped; go on with: python train.py --resume --out={self.out}")
+
+
+def random_state():
+    """Of torch, CUDA, numpy and Python, in types that a checkpoint of plain tensors may hold."""
+    kind, key, *rest = np.random.get_state()
+    return dict(torch=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+                numpy=[kind, torch.from_numpy(key.astype(np.int64)), *rest], python=random.getstate())
+
+
+def set_random_state(state):
+    kind, key, *rest = state["numpy"]
+    torch.set_rng_state(state["torch"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
+    np.random.set_state((kind, key.numpy().astype(np.uint32), *rest))
+    random.setstate(state["python"])
 
 
 def mean(scalars):
@@ -366,22 +473,52 @@ def set_lr(optimizer, lr):
         group["lr"] = lr
 
 
-def save(file, task, model):
-    """A checkpoint of plain tensors and numbers, renamed into place: a kill at any moment leaves the last good one."""
+def write(file, what):
+    """torch.save, renamed into place: a kill at any moment leaves the last good file. BadInput where the disk refuses."""
     part = file.with_suffix(".part")
-    torch.save(dict(model=model.state_dict(), config=asdict(model.config), task=task.name), part)
-    os.replace(part, file)
+    try:
+        torch.save(what, part)
+        os.replace(part, file)
+    except (OSError, RuntimeError) as error:           # torch's writer turns a full disk into a RuntimeError
+        raise BadInput(f"cannot write {file}: {str(error).splitlines()[0]}") from error
+
+
+def read(file):
+    """A checkpoint of plain tensors and numbers; whatever else the file holds is refused, not run."""
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise BadInput(f"{file} does not exist") from None
+    except Exception as error:                         # torn, truncated, no checkpoint at all, or one with code in it
+        raise BadInput(f"{file} is no checkpoint of plain tensors, or is damaged ({type(error).__name__})") from error
+
+
+def save(file, task, model):
+    write(file, dict(model=model.state_dict(), config=asdict(model.config), task=task.name))
+
+
+def load(file, model):
+    """A saved model's weights into `model`, or BadInput when they do not fit."""
+    saved = read(file)
+    try:
+        model.load_state_dict(saved["model"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise BadInput(f"{file} holds a model of another shape") from error
+
+
+RESULTS = ("metrics.jsonl", "pretrained.pt", "last.pt", "finetuned.pt", "curve.png")
 
 
 def open_folder(flags):
-    """The output folder, new or to be overwritten, with config.json in it."""
+    """The output folder, new, to be overwritten, or to go on with; config.json is in it."""
     out = File(flags.out or f"out/{flags.task}")
-    if (out / "config.json").exists() and not flags.overwrite:
-        raise BadInput(f"{out} holds another run: choose another --out, or replace it with --overwrite")
+    if (out / "config.json").exists() and not (flags.overwrite or flags.resume):
+        raise BadInput(f"{out} holds another run: choose another --out, go on with --resume, or replace it with --overwrite")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for old in ("metrics.jsonl", "pretrained.pt", "finetuned.pt", "curve.png"):
-            (out / old).unlink(missing_ok=True)
+        for old in RESULTS:
+            if not flags.resume:
+                (out / old).unlink(missing_ok=True)
         (out / "config.json").write_text(json.dumps(asdict(flags), indent=2) + "\n")
     except OSError as error:
         raise BadInput(f"cannot write to --out={out}: {error.strerror}") from error
@@ -404,14 +541,13 @@ class Parser(argparse.ArgumentParser):
         raise BadInput(message)                        # one line, where argparse would print its usage first
 
 
-def parse_flags(argv):
-    """Command line -> Flags; the defaults of the task and of the chain lie between Flags' and what the command line says.
-    BadInput, with the nearest valid word, for what it does not know."""
-    known = {f.name: f for f in fields(Flags)}
-    parser = Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    special = {task.name: task.flags for task in TASKS.values()} | CHAINS | ALGOS
+def parse(argv, kind, doc, special=()):
+    """Command line -> the values given of the dataclass `kind`. BadInput, with the nearest valid word, for what it does not
+    know. special: {name: {flag: default}}, shown in --help."""
+    known = {f.name: f for f in fields(kind)}
+    parser = Parser(description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, f in known.items():
-        own = [f"; {key}: {defaults[name]}" for key, defaults in special.items() if name in defaults]
+        own = [f"; {key}: {special[key][name]}" for key in special if name in special[key]]
         plain = f.type is bool or f.default == ""
         shown = f.metadata["help"] + ("" if plain else f" (default: {f.default}{''.join(own)})")
         if f.type is bool:
@@ -423,9 +559,28 @@ def parse_flags(argv):
         name = word.lstrip("-").split("=")[0]
         raise BadInput(f"unknown flag {word.split('=')[0]}: {nearest(name, list(known))}" if word.startswith("--") else
                        f"unexpected {word!r}: flags are written --name=value")
-    values = {name: convert(known[name], value) for name, value in vars(given).items() if value is not None}
-    task, process, algo = (values.get(name, known[name].default) for name in ("task", "process", "algo"))
-    return Flags(**TASKS[task].flags | CHAINS[process] | ALGOS[algo] | values)
+    return {name: convert(known[name], value) for name, value in vars(given).items() if value is not None}
+
+
+def parse_flags(argv):
+    """Command line -> Flags. The defaults of the task, the chain and the method lie between Flags' own and what the command
+    line says; a resumed run has its own flags."""
+    special = {task.name: task.flags for task in TASKS.values()} | CHAINS | ALGOS
+    values = parse(argv, Flags, __doc__, special)
+    task, process, algo = (values.get(name, getattr(Flags, name)) for name in ("task", "process", "algo"))
+    if not values.get("resume"):
+        return Flags(**special[task] | special[process] | special[algo] | values)
+    out = File(values.get("out") or f"out/{task}")
+    try:
+        flags = Flags(**json.loads((out / "config.json").read_text()))
+    except (OSError, ValueError, TypeError):
+        raise BadInput(f"--resume: {out} holds no run to go on with") from None
+    if flags.task not in TASKS:
+        raise BadInput(f"--resume: the task {flags.task!r} of {out} is not in rewards.TASKS")
+    for name, value in values.items():
+        if name not in ("resume", "out", "save_every") and getattr(flags, name) != value:
+            raise BadInput(f"--{name}={value}: the run in {out} has {getattr(flags, name)}; --resume goes on with it as it is")
+    return replace(flags, resume=True, overwrite=False, out=str(out), save_every=values.get("save_every", flags.save_every))
 
 
 def convert(f, text):
@@ -451,8 +606,11 @@ def run(main):
         main()
     except BadInput as error:
         message, status = error, 2
-    except KeyboardInterrupt:
-        message, status = "stopped; what was learnt is saved", 130
+    except KeyboardInterrupt as stop:
+        message, status = str(stop) or "stopped", 130
+    except BrokenPipeError:                            # the reader of a pipe, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return
     else:
         return
     print(f"{File(sys.argv[0]).name}: {message}", file=sys.stderr)

@@ -1,7 +1,11 @@
-"""Where to take the score: the toy with every --states, several seeds, one figure and one table.
+"""The toy, every method or every --states, several seeds: one figure and one table.
 
-    python tests/compare.py                            # 4 variants x 5 seeds, two at a time; about 15 minutes on two cores
-    python tests/compare.py --picture=assets/states.png --seeds=5 --jobs=2
+    python tests/compare.py                            # the four methods x 5 seeds; about 25 minutes on two cores
+    python tests/compare.py --what=states              # where to take the score; about 15 minutes
+    python tests/compare.py --picture=assets/algos.png --seeds=5 --jobs=2
+
+The figure shows the share of the optimum (median, range over the seeds) against rewards asked and against states through the
+network, a backward pass counting two: a black box that costs hours asks for the first, a network that does, for the second.
 """
 import argparse
 import json
@@ -14,18 +18,21 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 VARIANTS = {
-    "path": ["--states=path"],
-    "noised": ["--states=noised"],
-    "noised, consistency 0.3": ["--states=noised", "--consistency=0.3"],
-    "terminal": ["--states=terminal"],
+    "algos": {"sepo": [], "loop": ["--algo=loop"], "prdp": ["--algo=prdp"], "reinforce": ["--algo=reinforce"]},
+    "states": {
+        "path": ["--updates=16"],
+        "noised": ["--updates=16", "--states=noised"],
+        "noised, consistency 0.3": ["--updates=16", "--states=noised", "--consistency=0.3"],
+        "terminal": ["--updates=16", "--states=terminal"],
+    },
 }
 
 
-def run(out, variant, seed):
+def run(out, variant, flags, seed):
     """One fine-tuning in a process of its own, on one core -> its lines with an exact evaluation."""
     folder = out / variant.replace(", ", "_").replace(" ", "_") / str(seed)
-    command = ["train.py", "--task=toy", f"--seed={seed}", f"--out={folder.resolve()}", "--overwrite", *VARIANTS[variant]]
-    subprocess.run([sys.executable, *command], cwd=ROOT, check=True,
+    command = ["train.py", "--task=toy", f"--seed={seed}", f"--out={folder.resolve()}", "--overwrite", "--eval_every=5"]
+    subprocess.run([sys.executable, *command, *flags], cwd=ROOT, check=True,
                    env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     lines = [json.loads(line) for line in open(folder / "metrics.jsonl")]
     lines = [line for line in lines if "share_of_optimum" in line]
@@ -33,37 +40,59 @@ def run(out, variant, seed):
     return lines
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=5, help="seeds 0, 1, ... (default: 5)")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time (default: one a core)")
-    parser.add_argument("--out", type=Path, default=Path("out/compare"), help="folder of the runs (default: out/compare)")
-    parser.add_argument("--picture", type=Path, default=Path("out/compare/states.png"), help="the figure")
-    args = parser.parse_args()
-    with ThreadPoolExecutor(args.jobs) as pool:
-        runs = {v: [pool.submit(run, args.out, v, s) for s in range(args.seeds)] for v in VARIANTS}
-        runs = {v: [f.result() for f in futures] for v, futures in runs.items()}
+def row(name, seeds):
+    """A line of the table: shares at three counts of queries and one of states, queries to 0.95, shares at the end."""
+    def spread(x, most):
+        values = [max((e for e in lines if e[x] <= most), key=lambda e: e[x])["share_of_optimum"] for lines in seeds]
+        return f"{min(values):.2f} to {max(values):.2f}"
+    at = [spread("queries", q) for q in (5000, 10000, 20000)] + [spread("passes", 10 ** 6)]
+    first = [next((x["queries"] for x in lines if x["share_of_optimum"] >= 0.95), None) for lines in seeds]
+    reached = f"{min(first):,} to {max(first):,}" if None not in first else \
+        f"{sum(q is not None for q in first)} of {len(first)} seeds"
+    ends = ", ".join(f"{lines[-1]['share_of_optimum']:.3f}" for lines in seeds)
+    return f"| `{name}` | {' | '.join(at)} | {reached} | {ends} | {seeds[0][-1]['passes'] / 1e6:.1f} |"
 
+
+def figure(runs, picture):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    figure, axis = plt.subplots(figsize=(7, 4))
-    print("| states | at 6,400 queries | at 12,800 | at the end, every seed |\n| --- | --- | --- | --- |")
+    drawing, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
+    for axis, x, label in zip(axes, ("queries", "passes"), ("rewards asked", "states through the network")):
+        for name, seeds in runs.items():
+            curves = [[0] + [line["share_of_optimum"] for line in lines] for lines in seeds]
+            grid = [0] + [line[x] for line in seeds[0]]
+            line, = axis.plot(grid, [statistics.median(c) for c in zip(*curves)], label=name)
+            low, high = ([pick(c) for c in zip(*curves)] for pick in (min, max))
+            axis.fill_between(grid, low, high, alpha=0.2, color=line.get_color())
+        axis.axhline(1, color="tab:green", ls="--", lw=1)
+        axis.axhline(0, color="tab:red", ls=":", lw=1)
+        axis.set(xlabel=label)
+    axes[1].set(xscale="log")
+    axes[0].set(ylabel=f"share of the optimum ({len(seeds)} seeds)")
+    axes[0].legend(loc="lower right")
+    drawing.tight_layout()
+    drawing.savefig(picture, dpi=110)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--what", choices=list(VARIANTS), default="algos", help="what to compare (default: algos)")
+    parser.add_argument("--seeds", type=int, default=5, help="seeds 0, 1, ... (default: 5)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time (default: one a core)")
+    parser.add_argument("--out", type=Path, default=Path("out/compare"), help="folder of the runs (default: out/compare)")
+    parser.add_argument("--picture", type=Path, help="the figure (default: <out>/<what>.png)")
+    args = parser.parse_args()
+    with ThreadPoolExecutor(args.jobs) as pool:
+        runs = {name: [pool.submit(run, args.out, name, flags, seed) for seed in range(args.seeds)]
+                for name, flags in VARIANTS[args.what].items()}
+        runs = {name: [f.result() for f in futures] for name, futures in runs.items()}
+    print("| | at 5,000 queries | at 10,000 | at 20,000 | at a million states | queries to 0.95 | at the end, every seed "
+          "| million states |\n|"
+          + " --- |" * 8)
     for name, seeds in runs.items():
-        queries = [0] + [line["queries"] for line in seeds[0]]
-        curves = [[0] + [line["share_of_optimum"] for line in lines] for lines in seeds]
-        line, = axis.plot(queries, [statistics.median(c) for c in zip(*curves)], label=name)
-        low, high = ([pick(c) for c in zip(*curves)] for pick in (min, max))
-        axis.fill_between(queries, low, high, alpha=0.2, color=line.get_color())
-        row = [min(range(len(queries)), key=lambda i: abs(queries[i] - q)) for q in (6400, 12800)]
-        spread = [f"{min(c[i] for c in curves):.2f} to {max(c[i] for c in curves):.2f}" for i in row]
-        print(f"| `{name}` | {spread[0]} | {spread[1]} | {', '.join(f'{c[-1]:.3f}' for c in curves)} |")
-    axis.axhline(1, color="tab:green", ls="--", lw=1)
-    axis.axhline(0, color="tab:red", ls=":", lw=1)
-    axis.set(xlabel="reward queries", ylabel=f"share of the optimum (median, range of {args.seeds} seeds)")
-    axis.legend(loc="lower left")
-    figure.tight_layout()
-    figure.savefig(args.picture, dpi=110)
+        print(row(name, seeds))
+    figure(runs, args.picture or args.out / f"{args.what}.png")
 
 
 if __name__ == "__main__":

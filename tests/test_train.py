@@ -1,5 +1,7 @@
 """train.py as a user runs it: a whole tiny run, its files, its errors. Nothing here depends on how well it learns."""
 import json
+import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,18 +12,28 @@ from pathlib import Path
 import pytest
 import torch
 
+import sample
 import train
 from exact import network, sequences
 from model import Config, Denoiser
-from rewards import TASKS, BadInput
+from rewards import TASKS, BadInput, Task
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--pretrain_iters=20", "--iters=6", "--group=8", "--updates=2", "--n_embd=16", "--n_layer=1", "--n_head=2",
         "--eval_every=3", "--data_size=100"]
 
 
-def command(*args):
-    return subprocess.run([sys.executable, ROOT / "train.py", *args], capture_output=True, text=True)
+def command(*args, script="train.py"):
+    return subprocess.run([sys.executable, ROOT / script, *args], capture_output=True, text=True)
+
+
+def numbers(out):
+    """metrics.jsonl without its clock."""
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in open(out / "metrics.jsonl")]
+
+
+def weights(out, name="finetuned"):
+    return torch.load(out / f"{name}.pt", weights_only=True)["model"]
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +45,7 @@ def tiny(tmp_path_factory):
 def test_a_whole_run_through_the_command_line(tiny):
     out, done = tiny
     assert done.returncode == 0, done.stderr
-    assert {p.name for p in out.iterdir()} == {"config.json", "metrics.jsonl", "pretrained.pt", "finetuned.pt", "curve.png"}
+    assert {p.name for p in out.iterdir()} == {"config.json", *train.RESULTS}
     assert (out / "curve.png").read_bytes()[:4] == b"\x89PNG"
     for word in ("reward", "KL", "share of optimum", "distinct", "pre-trained", "fine-tuned"):
         assert word in done.stdout
@@ -46,7 +58,7 @@ def test_every_line_of_metrics_holds_what_it_should(tiny):
     assert all({"phase", "iter", "loss"} <= set(line) for line in lines)
     fine = [line for line in lines if line["phase"] == "finetune"]
     assert [(line["iter"], line["queries"]) for line in fine] == [(i, 8 * i) for i in range(1, 7)]
-    assert all({"reward", "kl", "clip_fraction", "seconds"} <= set(line) for line in fine)
+    assert all({"reward", "reward_std", "kl", "clip_fraction", "passes", "seconds"} <= set(line) for line in fine)
     exact = {"exact_reward", "exact_kl", "share_of_optimum"}
     assert [exact <= set(line) for line in fine] == [False, False, True, False, False, True]
 
@@ -60,8 +72,7 @@ def test_checkpoints_are_plain_tensors_and_load(tiny):
 
 def test_the_same_seed_gives_the_same_numbers(tiny, tmp_path):
     assert command("--task=toy", f"--out={tmp_path / 'again'}", *TINY).returncode == 0
-    strip = lambda out: [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in open(out / "metrics.jsonl")]
-    assert strip(tiny[0]) == strip(tmp_path / "again")
+    assert numbers(tiny[0]) == numbers(tmp_path / "again")
 
 
 @pytest.mark.parametrize("extra", [
@@ -183,31 +194,146 @@ def test_a_constant_reward_changes_nothing_but_by_the_kl(tmp_path, monkeypatch):
     assert all((before[name] == after[name]).all() for name in before)
 
 
+def test_a_reward_that_raises_stops_with_a_line_and_the_run_goes_on_once_it_is_mended(tiny, tmp_path, monkeypatch):
+    """It raises in the fourth rollout. What was learnt is there, and after --resume the numbers are those of a good run."""
+    good, calls = TASKS["toy"].reward, []
+
+    def reward(tokens):
+        calls.append(len(tokens))
+        if calls.count(8) == 4:
+            raise RuntimeError("the lab is closed")
+        return good(tokens)
+    monkeypatch.setitem(TASKS, "toy", replace(TASKS["toy"], reward=reward))
+    with pytest.raises(BadInput, match="the reward raised RuntimeError: the lab is closed"):
+        train.main([f"--out={tmp_path}", *TINY, "--save_every=0"])
+    assert weights(tmp_path) and len(numbers(tmp_path)) == 4
+    assert command(f"--out={tmp_path}", "--resume").returncode == 0
+    assert numbers(tmp_path) == numbers(tiny[0])
+
+
 def test_updates_that_are_not_finite_are_skipped_counted_and_stop_the_run_when_they_persist():
     model = torch.nn.Linear(1, 1)
     guard = train.Guard(model, torch.optim.SGD(model.parameters(), 0.1), 1.0, patience=3)
     before = model.weight.item()
     for _ in range(2):
         guard.step(model(torch.tensor([[float("nan")]])).sum())
-    assert model.weight.item() == before and guard.skipped == 2
+    assert model.weight.item() == before and guard.count == {"skipped": 2, "row": 2}
     guard.step(model(torch.ones(1, 1)).sum())
-    assert model.weight.item() != before and guard.row == 0
+    assert model.weight.item() != before and guard.count == {"skipped": 2, "row": 0}
     with pytest.raises(BadInput, match="smaller learning rate"):
         for _ in range(3):
             guard.step(model(torch.tensor([[float("inf")]])).sum())
 
 
-def test_ctrl_c_saves_and_exits_with_130(tmp_path):
-    process = subprocess.Popen([sys.executable, ROOT / "train.py", f"--out={tmp_path}", *TINY, "--iters=100000"],
-                               stderr=subprocess.PIPE, text=True)
+def test_a_learning_rate_that_blows_up_ends_in_one_line(tmp_path):
+    done = command(f"--out={tmp_path}", *TINY, "--lr=1e38", "--updates=30")
+    assert done.returncode == 2 and "try a smaller learning rate" in done.stderr.splitlines()[-1]
+    assert weights(tmp_path, "pretrained") and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("alphabet, length", [("01", 1), ("01", 5), ("ABC", 1)])
+@pytest.mark.parametrize("process", ["absorb", "uniform"])
+def test_a_length_of_one_and_an_alphabet_of_two(alphabet, length, process, tmp_path, monkeypatch):
+    data = lambda n, generator: torch.randint(len(alphabet), (n, length), generator=generator)
+    monkeypatch.setitem(TASKS, "small", Task("small", alphabet, length, data, lambda tokens: (tokens == 1).float().mean(1)))
+    train.main(["--task=small", f"--process={process}", f"--out={tmp_path}", *TINY, "--iters=3"])
+    assert numbers(tmp_path)[-1]["share_of_optimum"] <= 1 + 1e-4
+
+
+# ---- interruption -------------------------------------------------------------------------------------------------------
+
+def start(*args):
+    return subprocess.Popen([sys.executable, ROOT / "train.py", *args], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                            text=True)
+
+
+def test_ctrl_c_finishes_the_update_saves_says_how_to_go_on_and_exits_with_130(tmp_path):
+    process = start(f"--out={tmp_path}", *TINY, "--iters=100000")
     deadline = time.time() + 120
     metrics = tmp_path / "metrics.jsonl"
     while time.time() < deadline and not (metrics.exists() and "finetune" in metrics.read_text()):
         time.sleep(0.2)
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=60) == 130
-    assert process.stderr.read().strip().splitlines()[-1] == "train.py: stopped; what was learnt is saved"
-    assert torch.load(tmp_path / "finetuned.pt", weights_only=True)["task"] == "toy"
+    assert process.stderr.read().splitlines()[-1] == \
+        f"train.py: stopped; go on with: python train.py --resume --out={tmp_path}"
+    last = torch.load(tmp_path / "last.pt", weights_only=True)
+    assert last["iter"] == numbers(tmp_path)[-1]["iter"] and last["phase"] == "finetune" and weights(tmp_path)
+
+
+def test_a_run_killed_ten_times_ends_with_the_same_numbers(tmp_path):
+    """SIGKILL at random moments, in pre-training and in fine-tuning; then metrics and weights, bit for bit."""
+    args = [*TINY, "--pretrain_iters=60", "--iters=20", "--save_every=0", "--advantage=ppo", "--ref_every=3", "--dropout=0.1"]
+    assert command(f"--out={tmp_path / 'whole'}", *args).returncode == 0
+    out, chance = tmp_path / "killed", random.Random(0)
+    process, kills, phases = start(f"--out={out}", *args), 0, set()
+    while kills < 10:
+        before = (out / "last.pt").stat().st_mtime_ns if (out / "last.pt").exists() else 0
+        while process.poll() is None and not ((out / "last.pt").exists() and (out / "last.pt").stat().st_mtime_ns > before):
+            time.sleep(0.005)                          # it has got further than the sitting before ...
+        time.sleep(chance.uniform(0, 0.1))             # ... and may be anywhere: in an update, or in the middle of a file
+        if process.poll() is not None:
+            break
+        process.kill()
+        process.communicate()
+        phases.add(torch.load(out / "last.pt", weights_only=True)["phase"])
+        kills += 1
+        process = start(f"--out={out}", "--resume")
+    process.communicate(timeout=120)
+    assert command(f"--out={out}", "--resume").returncode == 0
+    assert kills == 10 or phases == {"pretrain", "finetune"}
+    assert numbers(out) == numbers(tmp_path / "whole")
+    for name in ("pretrained", "finetuned"):
+        a, b = weights(out, name), weights(tmp_path / "whole", name)
+        assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_resume_refuses_other_flags_and_empty_folders(tiny, tmp_path):
+    for args, message in ((["--lr=0.5"], "--lr=0.5: the run in"), (["--task=toy", "--iters=7"], "--iters=7: the run in")):
+        done = command(f"--out={tiny[0]}", "--resume", *args)
+        assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
+    done = command(f"--out={tmp_path / 'none'}", "--resume")
+    assert done.returncode == 2 and "holds no run to go on with" in done.stderr and not (tmp_path / "none").exists()
+
+
+# ---- checkpoints --------------------------------------------------------------------------------------------------------
+
+class Bomb:
+    """A pickle that leaves a file behind when it is loaded carelessly."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return open, (str(self.file), "w")
+
+
+@pytest.mark.parametrize("script", ["train.py", "sample.py"])
+def test_a_checkpoint_with_code_in_it_is_refused_and_not_run(script, tiny, tmp_path):
+    out, left = tmp_path / "run", tmp_path / "left"
+    shutil.copytree(tiny[0], out)
+    for name in ("last.pt", "pretrained.pt", "finetuned.pt"):
+        torch.save(dict(model=Bomb(left)), out / name)
+    done = command(*([f"--out={out}", "--resume"] if script == "train.py" else [f"--run={out}"]), script=script)
+    assert done.returncode == 2 and "is no checkpoint of plain tensors" in done.stderr and done.stderr.count("\n") == 1
+    assert not left.exists()
+    torch.load(out / "last.pt", weights_only=False)            # the bomb is live: a careless load would have run it
+    assert left.exists()
+
+
+def test_damaged_checkpoints_and_those_of_another_shape_get_a_line(tiny, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(tiny[0], out)
+    whole = (out / "finetuned.pt").read_bytes()
+    (out / "finetuned.pt").write_bytes(whole[:len(whole) // 2])
+    with pytest.raises(BadInput, match="damaged"):
+        sample.main([f"--run={out}", "--which=finetuned"])
+    torch.save(dict(model=network(4, 6, n_embd=32).state_dict()), out / "finetuned.pt")
+    with pytest.raises(BadInput, match="another shape"):
+        sample.main([f"--run={out}", "--which=finetuned"])
+    (out / "finetuned.pt").unlink()
+    with pytest.raises(BadInput, match="finetuned.pt does not exist"):
+        sample.main([f"--run={out}", "--which=finetuned"])
 
 
 def test_a_save_never_leaves_a_torn_file(tmp_path, monkeypatch):
@@ -219,6 +345,6 @@ def test_a_save_never_leaves_a_torn_file(tmp_path, monkeypatch):
         Path(file).write_bytes(b"half")
         raise OSError("disk full")
     monkeypatch.setattr(torch, "save", torn)
-    with pytest.raises(OSError):
+    with pytest.raises(BadInput, match="cannot write .*m.pt: disk full"):
         train.save(tmp_path / "m.pt", TASKS["toy"], model)
     assert (tmp_path / "m.pt").read_bytes() == good
