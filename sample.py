@@ -58,19 +58,17 @@ def main(argv=None):
         return paths, tokens, ask(task, tokens)
 
     both = ("pretrained", "finetuned")
-    if options.compare:
-        columns = {name: draw(name, options.n)[1:] for name in both}
-        emit(options, side_by_side(task, columns))
-    else:
-        name = options.which if options.which != "newest" else newest(folder)
-        paths, tokens, rewards = draw(name, options.n)
-        emit(options, written(options.format, task.decode(tokens), rewards.tolist()))
-        print(f"{folder}/{name}.pt: {len(tokens)} samples, {len(tokens.unique(dim=0))} distinct, mean reward "
-              f"{rewards.mean().item():.3f}", file=sys.stderr)
-        if options.movie:
-            movie(task, paths[0], options.movie)
     if options.plot:
         histogram({name: draw(name, max(options.n, 1000))[2] for name in both}, options.plot)
+    if options.compare:
+        return emit(options, side_by_side(task, {name: draw(name, options.n)[1:] for name in both}))
+    name = options.which if options.which != "newest" else newest(folder)
+    paths, tokens, rewards = draw(name, options.n)
+    if options.movie:
+        movie(task, paths[0], options.movie)
+    print(f"{folder}/{name}.pt: {len(tokens)} samples, {len(tokens.unique(dim=0))} distinct, mean reward "
+          f"{rewards.mean().item():.3f}", file=sys.stderr)
+    emit(options, written(options.format, task.decode(tokens), rewards.tolist()))      # last: its reader may leave early
 
 
 # ---- what was asked for -------------------------------------------------------------------------------------------------

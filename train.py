@@ -611,6 +611,8 @@ def run(main):
     except BrokenPipeError:                            # the reader of a pipe, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return
+    except OSError as error:                           # a full disk, a folder that went away
+        message, status = f"{error.strerror or error} ({error.filename or 'while writing results'})", 2
     else:
         return
     print(f"{File(sys.argv[0]).name}: {message}", file=sys.stderr)

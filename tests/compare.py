@@ -60,8 +60,9 @@ def figure(runs, picture):
     drawing, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
     for axis, x, label in zip(axes, ("queries", "passes"), ("rewards asked", "states through the network")):
         for name, seeds in runs.items():
-            curves = [[0] + [line["share_of_optimum"] for line in lines] for lines in seeds]
-            grid = [0] + [line[x] for line in seeds[0]]
+            zero = [0] if x == "queries" else []       # the other axis is logarithmic
+            curves = [zero + [line["share_of_optimum"] for line in lines] for lines in seeds]
+            grid = zero + [line[x] for line in seeds[0]]
             line, = axis.plot(grid, [statistics.median(c) for c in zip(*curves)], label=name)
             low, high = ([pick(c) for c in zip(*curves)] for pick in (min, max))
             axis.fill_between(grid, low, high, alpha=0.2, color=line.get_color())

@@ -1,14 +1,23 @@
-"""The README's map from equation to line leads where it says."""
+"""The README keeps its word: its map leads where it says, and what it tells one to type runs."""
+import os
 import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
+import pytest
+
+from test_train import TINY
+
 ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
 LINK = re.compile(r"\[`(\w+\.py):(\d+)`\]\((\w+\.py)#L(\d+)\) `([^`]+)`")
 
 
 def test_every_line_that_the_readme_names_holds_what_it_says():
-    links = LINK.findall((ROOT / "README.md").read_text())
-    assert len(links) == 13
+    links = LINK.findall(README)
+    assert len(links) == 19
     for shown_file, shown_line, file, line, text in links:
         assert (shown_file, shown_line) == (file, line)
         found = (ROOT / file).read_text().splitlines()[int(line) - 1]
@@ -16,5 +25,25 @@ def test_every_line_that_the_readme_names_holds_what_it_says():
 
 
 def test_every_picture_of_the_readme_is_there():
-    pictures = re.findall(r"!\[[^]]+\]\(([^)]+)\)", (ROOT / "README.md").read_text())
-    assert len(pictures) == 2 and all((ROOT / p).read_bytes()[:4] == b"\x89PNG" for p in pictures)
+    pictures = re.findall(r"!\[[^]]+\]\(([^)]+)\)", README)
+    assert len(pictures) == 4 and all((ROOT / p).read_bytes()[:4] in (b"\x89PNG", b"GIF8") for p in pictures)
+
+
+@pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", README, re.S))
+def test_every_python_block_runs(block, tmp_path):
+    done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
+                          capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout, done.stderr
+
+
+def test_every_command_of_the_front_page_runs(tmp_path):
+    """In the order of the page, train.py at a tiny size; installing and testing are what led here."""
+    lines = re.findall(r"^    (?:pip .*&& )?(python (?:train|sample)\.py.*)$", README, re.M)
+    assert len(lines) == 6
+    for line in lines:
+        _, script, *args = shlex.split(line, comments=True)
+        if script == "train.py" and "--resume" not in args:
+            args += TINY
+        done = subprocess.run([sys.executable, ROOT / script, *args], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "denoise.gif").exists() and (tmp_path / "rewards.png").exists()

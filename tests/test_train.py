@@ -135,11 +135,65 @@ def test_the_closed_form_optimum_has_share_one():
     (["--cuda_graph", "--device=cpu"], "--cuda_graph needs --device=cuda and"),
     (["--time_conditioning"], "needs a grid: add --steps=16"),
 ])
-def test_bad_flags_get_one_line_and_status_2(args, message, tmp_path):
-    done = command(f"--out={tmp_path / 'run'}", *args)
-    assert done.returncode == 2 and done.stdout == ""
-    assert message in done.stderr and done.stderr.count("\n") == 1 and done.stderr.startswith("train.py: ")
+def test_bad_flags_get_one_line_and_status_2(args, message, tmp_path, monkeypatch, capsys):
+    one_line(train.main, ["train.py", f"--out={tmp_path / 'run'}", *args], message, monkeypatch, capsys)
     assert not (tmp_path / "run").exists()
+
+
+def one_line(main, argv, message, monkeypatch, capsys):
+    """Run a script's main as its command does: exit status 2, one line on standard error, nothing on standard output."""
+    monkeypatch.setattr("sys.argv", argv)
+    with pytest.raises(SystemExit) as stop:
+        train.run(main)
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and out == "" and err.count("\n") == 1
+    assert err.startswith(f"{argv[0]}: ") and message in err
+
+
+def wrong_values():
+    """For every flag of both scripts that takes a value: one of no sense, and one below its range."""
+    for main, kind in ((train.main, train.Flags), (sample.main, sample.Options)):
+        script = f"{main.__module__}.py"
+        for f in fields(kind):
+            choices, low = f.metadata["choices"], f.metadata["low"]
+            if choices:
+                yield main, script, f"--{f.name}={next(iter(choices))}x", f"did you mean {next(iter(choices))}?"
+            if f.type in (int, float):
+                yield main, script, f"--{f.name}=zebra", "number is needed"
+                yield main, script, f"--{f.name}={low - 1}", f"it must be at least {low}"
+                yield main, script, f"--{f.name}=nan", "number is needed" if f.type is int else "it must be at least"
+            if f.type is not bool:
+                yield main, script, f"--{f.name}", "expected one argument"
+            yield main, script, f"--{f.name}s=1", f"unknown flag --{f.name}s: did you mean {f.name}"
+
+
+@pytest.mark.parametrize("main, script, arg, message", wrong_values())
+def test_every_flag_of_both_scripts_refuses_what_it_cannot_use(main, script, arg, message, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    one_line(main, [script, arg], message, monkeypatch, capsys)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bad_flag_of_the_command_itself(tmp_path):
+    done = command(f"--out={tmp_path / 'run'}", "--grup=8")
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "train.py: unknown flag --grup: did you mean group?\n")
+
+
+def test_a_full_disk_is_a_line(tmp_path, monkeypatch, capsys):
+    """Its metrics can no longer be written: one line, and the folder's last good files stay."""
+    real = train.Session.log
+
+    def full(self, **line):
+        if line["phase"] == "finetune":
+            raise OSError(28, "No space left on device", str(self.out / "metrics.jsonl"))
+        real(self, **line)
+    monkeypatch.setattr(train.Session, "log", full)
+    monkeypatch.setattr("sys.argv", ["train.py", f"--out={tmp_path}", *TINY])
+    with pytest.raises(SystemExit) as stop:
+        train.run(train.main)
+    assert stop.value.code == 2 and capsys.readouterr().err.splitlines()[-1] == \
+        f"train.py: No space left on device ({tmp_path / 'metrics.jsonl'})"
+    assert weights(tmp_path, "pretrained") and weights(tmp_path)
 
 
 def test_an_absent_gpu_is_a_line_too(tmp_path):
