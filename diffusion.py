@@ -85,7 +85,7 @@ class Path:
     def view(self, row, event):
         """The states from which events [n] of paths row [n] started, with the slots that they revealed -> View of weight 1."""
         x, index, event = self.tokens[row], self.event[row], event[:, None]
-        real, slots = (index == event).float().topk(self.width, dim=1)                               # [n, k]
+        real, slots = (index == event).float().topk(max(1, self.width), dim=1)                       # [n, k]
         t = self.time[row].gather(1, slots[:, :1]).squeeze(1)
         return View(row, torch.where(index >= event, self.mask, x), t.clamp(max=1), slots, x.gather(1, slots), real,
                     self.logp[row].gather(1, slots), place=slots)
@@ -149,6 +149,8 @@ def logits_at(model, x, t, slots):
     """logits [n, k, V] at slots [n, k] alone. A model with `hidden_at` or `hidden` and `head` spends nothing on the rest."""
     def rows(h):
         return h.gather(1, slots[..., None].expand(-1, -1, h.size(-1)))
+    if not hasattr(model, "head"):
+        return rows(model(x, t))
     if hasattr(model, "hidden_at"):
         return model.head(model.hidden_at(x, t, slots))
     if hasattr(model, "hidden"):
@@ -366,7 +368,7 @@ class Absorbing(Chain):
         real = place < end[:n].index_select(1, j + 1)
         slots = order[:n].gather(1, place.clamp(max=L - 1))
         if alike:
-            logits = model.head(model.hidden(x[:1, :L], None))[0][slots]                             # [n, k, V]
+            logits = model(x[:1, :L], None)[0][slots]                                                # [n, k, V]
         else:
             t = time[:n].gather(1, slots[:, :1]).squeeze(1).clamp(max=1)
             logits = logits_at(model, x[:n, :L], t, slots)
@@ -438,7 +440,7 @@ class Absorbing(Chain):
         """Law of each slot after a step from t to s, [B, L, V+1]: a masked slot is revealed with chance
         (alpha_s - alpha_t) / (1 - alpha_t), by itself."""
         a_t, a_s = self.alpha(t)[:, None, None], self.alpha(s)[:, None, None]
-        hazard = (a_s - a_t) / (1 - a_t)
+        hazard = (a_s - a_t) / (1 - a_t).clamp(min=2 ** -24)
         move = torch.cat((hazard * model(x, t).softmax(dim=-1), (1 - hazard).expand(-1, x.size(1), 1)), dim=-1)
         return torch.where((x == self.mask)[..., None], move, F.one_hot(x, self.vocab_size + 1).float())
 
@@ -457,7 +459,7 @@ class Uniform(Chain):
 
     def transition(self, x, keep):
         """Law of the token after (or before) x [B, k] if a slot is left alone with chance keep [B] -> [B, k, V]."""
-        keep = keep[:, None, None]
+        keep = keep[:, None, None].clamp(max=1 - 2 ** -24)                                           # its log stays finite
         return keep * F.one_hot(x, self.vocab_size) + (1 - keep) / self.vocab_size
 
     def corrupt(self, x0, t, generator=None):

@@ -28,7 +28,7 @@ class Options:
     temperature: float = flag(1.0, "divides the logits: below 1 sharper, above 1 flatter", low=0.01, high=100)
     corrector_steps: int = flag(0, "moves of the corrector", low=0)
     corrector_t: float = flag(0.5, "time at which the reverse process pauses for the corrector", low=0.01, high=0.99)
-    seed: int = flag(0, "seed of every random draw", low=0)
+    seed: int = flag(0, "seed of every random draw", low=0, high=2 ** 32 - 1)
     format: str = flag("text", "of the samples", choices=["text", "fasta", "jsonl"])
     out: str = flag("", "file for the samples (default: standard output)")
     compare: bool = flag(False, "the pre-trained model's samples beside the fine-tuned one's")
@@ -52,8 +52,11 @@ def main(argv=None):
         load(folder / f"{name}.pt", model)
         model.eval()
         torch.manual_seed(options.seed)
-        paths = [process.sample(model, min(options.batch, n - first), task.length, flags.steps or None, prompt, None,
-                                options.corrector_steps, options.corrector_t) for first in range(0, n, options.batch)]
+        paths = []
+        for size in [options.batch] * (n // options.batch) + [n % options.batch] * (n % options.batch > 0):
+            given = prompt if prompt is not None or task.prompt is None else task.prompt(size, None)
+            paths.append(process.sample(model, size, task.length, flags.steps or None, given, None,
+                                        options.corrector_steps, options.corrector_t))
         tokens = torch.cat([path.tokens for path in paths])
         return paths, tokens, ask(task, tokens)
 
@@ -89,17 +92,17 @@ def run_flags(options):
         raise BadInput(f"--run={folder} holds no run of train.py") from None
     if flags.task not in TASKS:
         raise BadInput(f"--run={folder}: its task {flags.task!r} is not in rewards.TASKS")
+    flags.cuda_graph = False           # another machine may have no such device, and a few samples gain nothing
     if options.steps >= 0:
         flags.steps = options.steps
     return flags
 
 
 def newest(folder):
-    files = [folder / f"{name}.pt" for name in ("pretrained", "finetuned")]
-    files = [file for file in files if file.exists()]
-    if not files:
-        raise BadInput(f"--run={folder} holds no model yet: its pre-training has not ended")
-    return max(files, key=lambda file: file.stat().st_mtime).stem
+    for name in ("finetuned", "pretrained"):
+        if (folder / f"{name}.pt").exists():
+            return name
+    raise BadInput(f"--run={folder} holds no model yet: its pre-training has not ended")
 
 
 def read_prompt(task, text):

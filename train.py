@@ -53,7 +53,7 @@ class Flags:
     overwrite: bool = flag(False, "replace the run that --out holds")
     resume: bool = flag(False, "go on with the run that --out holds, with its own flags")
     save_every: float = flag(30.0, "seconds between two saves of last.pt, from which --resume goes on", low=0)
-    seed: int = flag(0, "seed of every random draw", low=0)
+    seed: int = flag(0, "seed of every random draw", low=0, high=2 ** 32 - 1)
     device: str = flag("auto", "cpu, cuda, or auto: cuda where there is one", choices=["auto", "cpu", "cuda"])
     dtype: str = flag("auto", "of the network's matrix products; auto: bfloat16 on cuda, float32 on cpu",
                       choices=["auto", "float32", "bfloat16"])
@@ -97,7 +97,7 @@ class Flags:
     ref_every: int = flag(0, "rollouts after which the KL's reference becomes the model of the day; 0: never", low=0)
     consistency: float = flag(0.0, "weight of the likelihood bound on own samples (steadies --states=noised; try 0.3)", low=0)
     entropy: float = flag(0.0, "entropy bonus, per nat of the slot laws", low=0)
-    grad_clip: float = flag(1.0, "largest norm of a gradient", low=0)
+    grad_clip: float = flag(1.0, "largest norm of a gradient", low=1e-6)
     # reporting
     eval_every: int = flag(10, "rollouts between exact evaluations (enumerable tasks)", low=1)
 
@@ -108,7 +108,11 @@ def main(argv=None):
     """The whole run; returns the report's dict. Raises BadInput for anything that the user can mend."""
     flags = parse_flags(sys.argv[1:] if argv is None else argv)
     task = TASKS[flags.task]
+    if task.enumerable and flags.time_conditioning and not flags.steps and flags.process == "absorb":
+        raise BadInput("an exact evaluation of a time-conditioned model needs a grid: add --steps=16")
     torch.manual_seed(flags.seed)
+    np.random.seed(flags.seed)
+    random.seed(flags.seed)
     model, process = build(flags, task, pick_device(flags.device))
     out = open_folder(flags)                           # nothing is written before all of the input was found good
 
@@ -136,14 +140,14 @@ def build(flags, task, device):
         raise BadInput("--states=noised scores masked slots, and --process=uniform has none: use path or terminal")
     if uniform and not flags.steps:
         raise BadInput("--process=uniform needs a grid: a slot may change at any time; try --steps=16")
-    if task.enumerable and flags.time_conditioning and not flags.steps:
-        raise BadInput("an exact evaluation of a time-conditioned model needs a grid: add --steps=16")
     if flags.algo == "prdp" and not flags.beta:
         raise BadInput("--algo=prdp regresses rewards on beta * log-ratios: it needs --beta above 0")
     if flags.algo == "sepo" and not flags.path_events:
         raise BadInput("--algo=sepo scores --path_events=1 or more; all of them is --algo=loop")
-    if flags.algo != "sepo" and (flags.states != "path" or flags.kl != "return"):
-        raise BadInput(f"--algo={flags.algo} knows --states=path and --kl=return alone: these two are sepo's")
+    if flags.algo != "sepo" and (flags.states != "path" or flags.kl != "return" or flags.consistency or flags.entropy):
+        raise BadInput(f"--states, --kl, --consistency and --entropy are sepo's: --algo={flags.algo} knows the path alone")
+    if flags.algo == "prdp" and flags.path_events:
+        raise BadInput("--algo=prdp needs the whole path: leave out --path_events")
     if flags.cuda_graph and (uniform or not cuda):
         raise BadInput("--cuda_graph needs --device=cuda and --process=absorb")
     config = Config(task.vocab_size, task.length, flags.n_layer, flags.n_head, flags.n_embd, flags.dropout,
@@ -217,9 +221,9 @@ def finetune(flags, task, process, model, reference, exact, session, draw):
         if flags.ref_every and (i + 1) % flags.ref_every == 0:
             reference.load_state_dict(model.state_dict())
 
-        states = path.n_events.sum().item()
+        states, scored = path.n_events.sum().item(), flags.path_events if flags.states == "path" else 1
         count["queries"] += len(reward)
-        count["passes"] += 2 * states + flags.updates * (3 * flags.path_events * len(reward) or 4 * states)
+        count["passes"] += 2 * states + flags.updates * (3 * scored * len(reward) or 4 * states)
         line = dict(phase="finetune", iter=i + 1, loss=mean(losses), **count, reward=reward.mean().item(),
                     reward_std=reward.std(correction=0).item(), kl=log_ratio.flatten(1).sum(dim=1).mean().item(),
                     clip_fraction=mean(clipped), skipped=guard.count["skipped"])
@@ -254,14 +258,14 @@ class Exact:
 
     Over laws p of the sample, J(p) = E_p[R] - beta KL(p || p_ref) is largest at p* ~ p_ref exp(R / beta), where it is
     beta log E_ref exp(R / beta). share_of_optimum = (J - J_ref) / (J* - J_ref). It scores every sequence once: these
-    are not counted as queries, and no update sees them."""
+    are not counted as queries, and no update sees them. The sampler that is judged is the plain one, without a corrector."""
 
     def __init__(self, flags, task, process, reference):
         self.process, self.length, self.steps, self.beta = process, task.length, flags.steps or None, flags.beta
         device = next(reference.parameters()).device
         everything = torch.tensor(list(itertools.product(range(task.vocab_size), repeat=task.length)), device=device)
         self.reward = ask(task, everything)                                          # [V**L]
-        self.reference = self.law(reference).log()                                   # [V**L]
+        self.reference = self.law(reference).clamp(min=torch.finfo(torch.float).tiny).log()        # [V**L]; never -inf
         self.floor = (self.reference.exp() * self.reward).sum().item()               # J of the pre-trained model
         self.optimum = self.beta * torch.logsumexp(self.reference + self.reward / self.beta, 0).item() if self.beta else \
             self.reward.max().item()
@@ -335,8 +339,8 @@ def plot(out, exact):
         right.plot(x, [line["loss"] for line in lines], lw=0.7, color="tab:gray")
         right.set(ylabel="loss")
     top.set(ylabel="reward")
-    low.set(xlabel="reward queries", ylabel="KL of paths to pre-trained (nats)")
-    last.set(xlabel="reward queries", ylabel="share of slots clipped", ylim=(0, None))
+    low.set(xlabel="reward queries", ylabel="KL of paths to the reference (nats)")
+    last.set(xlabel="reward queries", ylabel="share of terms clipped", ylim=(0, None))
     top.legend(fontsize=7)
     top.locator_params(axis="x", nbins=5)
     figure.tight_layout()
@@ -385,6 +389,8 @@ class Session:
         self.out, self.every, self.stopping, self.saved = out, flags.save_every, False, None
         if flags.resume and (out / "last.pt").exists():
             self.saved = read(out / "last.pt")
+            if not {"phase", "iter", "lines", "seconds", "random", "parts"} <= set(self.saved):
+                raise BadInput(f"{out / 'last.pt'} is not what --resume saved")
         self.phase = self.saved["phase"] if self.saved else "pretrain"
         kept = open(out / "metrics.jsonl").readlines()[:self.saved["lines"]] if self.saved else []
         self.lines, self.gone = len(kept), self.saved["seconds"] if self.saved else 0.0
@@ -416,8 +422,11 @@ class Session:
         first = 0
         if self.saved and self.saved["phase"] == phase:
             first = self.saved["iter"]
-            for name, part in parts.items():
-                (part.update if isinstance(part, dict) else part.load_state_dict)(self.saved["parts"][name])
+            try:
+                for name, part in parts.items():
+                    (part.update if isinstance(part, dict) else part.load_state_dict)(self.saved["parts"][name])
+            except (KeyError, TypeError, RuntimeError, ValueError) as error:
+                raise BadInput(f"{self.out / 'last.pt'} belongs to a run of another shape") from error
             set_random_state(self.saved["random"])
         else:
             self.gone = 0.0
@@ -519,7 +528,8 @@ def open_folder(flags):
         for old in RESULTS:
             if not flags.resume:
                 (out / old).unlink(missing_ok=True)
-        (out / "config.json").write_text(json.dumps(asdict(flags), indent=2) + "\n")
+        if not flags.resume:
+            (out / "config.json").write_text(json.dumps(asdict(flags), indent=2) + "\n")
     except OSError as error:
         raise BadInput(f"cannot write to --out={out}: {error.strerror}") from error
     return out

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from diffusion import Absorbing, event_index, stratified
+import sepo
+from diffusion import Absorbing, Uniform, event_index, stratified
 from exact import (Table, chi_square, network, plain_loop, posterior_table, random_law, rank, sequences)
 
 P_MIN = 1e-3
@@ -177,6 +178,38 @@ def test_a_foreign_network_with_hidden_and_head_is_sampled_through_them():
     torch.manual_seed(9)
     path = Absorbing(3).sample(Foreign(), 4, 5)
     assert (path.tokens == 1).all() and torch.allclose(path.logp, torch.zeros(4, 5))
+
+
+def test_a_path_with_nothing_to_draw():
+    """Every slot given: no events, no error, and a loss of zero in every way of scoring."""
+    model, process = network(3, 4, time_conditioning=True), Absorbing(3)
+    path = process.sample(model, 5, 4, 8, torch.tensor([0, 1, 2, 0]))
+    assert (path.tokens == torch.tensor([0, 1, 2, 0])).all() and (path.n_events == 0).all()
+    assert (process.replay(model, path) == 0).all()
+    for loss in (sepo.sepo_loss(process, model, path, torch.ones(5)), sepo.loop_loss(process, model, path, torch.ones(5)),
+                 sepo.loop_loss(process, model, path, torch.ones(5), events=1)):
+        assert loss[0] == 0
+
+
+def test_a_fine_grid_near_time_zero_stays_finite():
+    """alpha(1/N) rounds to 1 there."""
+    x, t = torch.tensor([[0, 3, 1]]), torch.full((1,), 1e-8)
+    for process in (Absorbing(3, "cosine"), Uniform(3, "cosine")):
+        model = network(3, 3, time_conditioning=True)
+        kernel = process.kernel(model, x.clamp(max=3 if isinstance(process, Absorbing) else 2), t, torch.zeros(1))
+        assert kernel.isfinite().all() and torch.allclose(kernel.sum(-1), torch.ones(1, 3), atol=1e-4)
+
+
+def test_a_foreign_network_may_call_a_layer_hidden():
+    class Foreign(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.hidden = torch.nn.Linear(4, 3)
+
+        def forward(self, x, t):
+            return self.hidden(torch.nn.functional.one_hot(x, 4).float())
+    torch.manual_seed(17)
+    assert Absorbing(3).sample(Foreign(), 4, 5).tokens.max() < 3
 
 
 def test_event_index_by_hand():

@@ -100,6 +100,14 @@ def test_share_of_optimum_is_zero_for_the_reference_and_below_one_for_any_model(
     assert all(exact(network(4, 6, seed=s, n_embd=16))["share_of_optimum"] < 1 for s in range(3))
 
 
+def test_a_reference_that_never_draws_some_sequences_gives_no_nan():
+    reference = network(4, 6, n_embd=16)
+    with torch.no_grad():
+        reference.output.bias += torch.tensor([0.0, -300.0, 0.0, 0.0])
+    truth = train.Exact(train.Flags(), TASKS["toy"], train.Absorbing(4), reference)(network(4, 6, n_embd=16))
+    assert all(torch.tensor(value).isfinite() for value in truth.values())
+
+
 def test_the_closed_form_optimum_has_share_one():
     """A stand-in for the process that returns p* ~ p_ref exp(R / beta) itself."""
     exact = train.Exact(train.Flags(), TASKS["toy"], train.Absorbing(4), network(4, 6, n_embd=16))
@@ -128,7 +136,10 @@ def test_the_closed_form_optimum_has_share_one():
     (["--process=uniform", "--steps=0"], "--process=uniform needs a grid"),
     (["--algo=prdp", "--beta=0"], "it needs --beta above 0"),
     (["--path_events=0"], "all of them is --algo=loop"),
-    (["--algo=loop", "--states=noised"], "--algo=loop knows --states=path and --kl=return alone"),
+    (["--algo=loop", "--states=noised"], "are sepo's: --algo=loop knows the path alone"),
+    (["--algo=reinforce", "--entropy=0.1"], "are sepo's: --algo=reinforce knows the path alone"),
+    (["--algo=prdp", "--path_events=2"], "--algo=prdp needs the whole path"),
+    (["--seed=99999999999999999999"], "it must be at least 0 and at most 4294967295"),
     (["--algo=prpd"], "--algo=prpd: did you mean prdp?"),
     (["--schedule=linea"], "--schedule=linea: did you mean linear?"),
     (["--corrector_t=1"], "--corrector_t=1: it must be at least 0.01 and at most 0.99"),
@@ -160,14 +171,14 @@ def wrong_values():
                 yield main, script, f"--{f.name}={next(iter(choices))}x", f"did you mean {next(iter(choices))}?"
             if f.type in (int, float):
                 yield main, script, f"--{f.name}=zebra", "number is needed"
-                yield main, script, f"--{f.name}={low - 1}", f"it must be at least {low}"
+                yield main, script, f"--{f.name}={int(low) - 1}", f"it must be at least {low}"
                 yield main, script, f"--{f.name}=nan", "number is needed" if f.type is int else "it must be at least"
             if f.type is not bool:
                 yield main, script, f"--{f.name}", "expected one argument"
             yield main, script, f"--{f.name}s=1", f"unknown flag --{f.name}s: did you mean {f.name}"
 
 
-@pytest.mark.parametrize("main, script, arg, message", wrong_values())
+@pytest.mark.parametrize("main, script, arg, message", list(wrong_values()))
 def test_every_flag_of_both_scripts_refuses_what_it_cannot_use(main, script, arg, message, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     one_line(main, [script, arg], message, monkeypatch, capsys)
@@ -385,6 +396,9 @@ def test_damaged_checkpoints_and_those_of_another_shape_get_a_line(tiny, tmp_pat
     torch.save(dict(model=network(4, 6, n_embd=32).state_dict()), out / "finetuned.pt")
     with pytest.raises(BadInput, match="another shape"):
         sample.main([f"--run={out}", "--which=finetuned"])
+    shutil.copy(out / "pretrained.pt", out / "last.pt")
+    with pytest.raises(BadInput, match="is not what --resume saved"):
+        train.main([f"--out={out}", "--resume"])
     (out / "finetuned.pt").unlink()
     with pytest.raises(BadInput, match="finetuned.pt does not exist"):
         sample.main([f"--run={out}", "--which=finetuned"])
