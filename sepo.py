@@ -1,4 +1,4 @@
-"""Policy optimisation on sampled paths of a discrete diffusion model: advantages, returns with the KL in them, SEPO.
+"""Policy optimisation on sampled paths of a discrete diffusion model: advantages, the KL in the return, SEPO, LOOP, PRDP.
 
 A model drew a Path of B = P * G samples, G for each of P prompts; a black box gave each a reward. Nothing here knows a chain:
 the process supplies views (states, and the lines through them that are scored) and the slot law w on each line.

@@ -128,7 +128,8 @@ def main(argv=None):
         try:
             finetune(flags, task, process, model, deepcopy(reference), exact, session, lambda: plot(out, exact))
         finally:                                       # on Ctrl-C or an error too: nothing that was learnt is lost
-            save(out / "finetuned.pt", task, model)
+            if session.start is not None:              # ... nor overwritten, when last.pt could not be restored
+                save(out / "finetuned.pt", task, model)
     plot(out, exact)
     return report(flags, task, process, {"pre-trained": reference, "fine-tuned": model}, reference, exact)
 
@@ -391,7 +392,7 @@ class Session:
             self.saved = read(out / "last.pt")
             if not {"phase", "iter", "lines", "seconds", "random", "parts"} <= set(self.saved):
                 raise BadInput(f"{out / 'last.pt'} is not what --resume saved")
-        self.phase = self.saved["phase"] if self.saved else "pretrain"
+        self.phase, self.start = self.saved["phase"] if self.saved else "pretrain", None
         kept = open(out / "metrics.jsonl").readlines()[:self.saved["lines"]] if self.saved else []
         self.lines, self.gone = len(kept), self.saved["seconds"] if self.saved else 0.0
         part = out / "metrics.part"                    # what a killed run logged after its last save is not part of it

@@ -396,6 +396,11 @@ def test_damaged_checkpoints_and_those_of_another_shape_get_a_line(tiny, tmp_pat
     torch.save(dict(model=network(4, 6, n_embd=32).state_dict()), out / "finetuned.pt")
     with pytest.raises(BadInput, match="another shape"):
         sample.main([f"--run={out}", "--which=finetuned"])
+    before, last = (out / "finetuned.pt").read_bytes(), torch.load(out / "last.pt", weights_only=True)
+    torch.save({**last, "parts": {}}, out / "last.pt")
+    with pytest.raises(BadInput, match="last.pt belongs to a run of another shape"):
+        train.main([f"--out={out}", "--resume"])
+    assert (out / "finetuned.pt").read_bytes() == before
     shutil.copy(out / "pretrained.pt", out / "last.pt")
     with pytest.raises(BadInput, match="is not what --resume saved"):
         train.main([f"--out={out}", "--resume"])
