@@ -173,14 +173,15 @@ class Chain:
         self.vocab_size = vocab_size
         self.alpha, self.alpha_inverse = SCHEDULES[schedule]   # alpha(t): chance that a slot is still clean at time t
 
-    def loss(self, model, x0, generator=None):
-        """Denoising score entropy of the data x0 [B, L] -> scalar, nats a sequence: a bound on -log p_theta(x0)."""
-        return self.losses(model, x0, generator).mean()
+    def loss(self, model, x0, generator=None, given=None):
+        """Denoising score entropy of the data x0 [B, L] -> scalar, nats a sequence: a bound on -log p_theta(x0), or, with
+        slots that are `given` [B, L], on minus the log-probability of the others."""
+        return self.losses(model, x0, generator, given).mean()
 
     @torch.no_grad()
-    def bound(self, model, x0, draws=128, generator=None):
+    def bound(self, model, x0, draws=128, generator=None, given=None):
         """The same bound of each sequence x0 [B, L] -> (bound [B], its standard error [B]), nats; costs `draws` passes."""
-        losses = torch.stack([self.losses(model, x0, generator) for _ in range(draws)])              # [draws, B]
+        losses = torch.stack([self.losses(model, x0, generator, given) for _ in range(draws)])              # [draws, B]
         return losses.mean(dim=0), losses.std(dim=0) / draws ** 0.5
 
     def path_view(self, path, events=1, generator=None):
@@ -285,10 +286,10 @@ class Absorbing(Chain):
         weight = (free / m)[:, None] * masked
         return View(row, torch.where(masked, self.mask, x0), t[:, 0].clamp(max=1), slots, x0, weight)
 
-    def losses(self, model, x0, generator=None):
+    def losses(self, model, x0, generator=None, given=None):
         """Denoising score entropy (SEDD, 2310.16834) under the derived score, unbiased at one random time for each of
         x0 [B, L] -> [B], nats. With an absorbing chain it is MDLM's weighted cross-entropy (2406.07524)."""
-        view = self.noised_view(x0, torch.zeros_like(x0, dtype=torch.bool), generator)
+        view = self.noised_view(x0, torch.zeros_like(x0, dtype=torch.bool) if given is None else given, generator)
         logp = self.log_law(model, view).gather(-1, view.y[..., None]).squeeze(-1)                   # [B, L]
         return -(view.weight * logp).sum(dim=1)
 
@@ -467,7 +468,7 @@ class Uniform(Chain):
         clean = torch.rand(x0.shape, generator=generator, device=x0.device) < self.alpha(t)[:, None]
         return torch.where(clean, x0, torch.randint(self.vocab_size, x0.shape, generator=generator, device=x0.device))
 
-    def losses(self, model, x0, generator=None):
+    def losses(self, model, x0, generator=None, given=None):
         """Denoising score entropy (SEDD, 2310.16834), unbiased at one random time for each of x0 [B, L] -> [B], nats:
         the integral over t of sum_{i, v != x_i} (sigma'/V) (s_v - r_v log s_v + r_v (log r_v - 1)), with the concrete score s
         of the model and the ratio r of q_t(. | x0). Written over the noise level m = 1 - alpha, sigma' dt = dm / (1 - m),
@@ -475,11 +476,13 @@ class Uniform(Chain):
         w = stratified(len(x0), generator, x0.device).clamp(1e-2, 1 - 1e-4)
         m = w ** 3
         t = self.alpha_inverse(1 - m)
-        x = self.corrupt(x0, t, generator)
+        x, free = self.corrupt(x0, t, generator), 1.0
+        if given is not None:
+            x, free = torch.where(given, x0, x), (~given)[..., None]
         log_q = self.transition(x0, self.alpha(t)).log()
         log_r = log_q - log_q.gather(-1, x[..., None])                                               # [B, L, V]; 0 at v = x_i
         z = self.log_score(model, x, t) - log_r
-        entropy = (log_r.exp() * (z.expm1() - z)).sum(dim=(1, 2))
+        entropy = (log_r.exp() * (z.expm1() - z) * free).sum(dim=(1, 2))
         return 3 * w ** 2 / (1 - m) / self.vocab_size * entropy
 
     def noised_view(self, x0, given, generator=None):

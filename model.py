@@ -20,6 +20,7 @@ class Config:
     n_embd: int = 128                # D
     dropout: float = 0.0
     time_conditioning: bool = False  # absorbing noise shows its level as the share of masks, and does well without
+    conv: int = 0                    # letters, an odd number, that a convolution over the embeddings reads at once; 0: none
 
 
 def at(h, slots):
@@ -86,10 +87,13 @@ class Denoiser(nn.Module):
         super().__init__()
         if config.n_embd % (2 * config.n_head):
             raise ValueError(f"n_embd ({config.n_embd}) must be a multiple of twice n_head ({config.n_head}): rotary pairs")
+        if config.conv and config.conv % 2 == 0:
+            raise ValueError(f"conv ({config.conv}) must be odd: as many letters on either side")
         self.config, d = config, config.n_embd
         self.autocast = None             # or torch.bfloat16: the blocks' matrix products; weights and residuals stay float32
         self.embedding = nn.Embedding(config.vocab_size + 1, d)
         self.time = nn.Sequential(nn.Linear(d, d), nn.SiLU(), nn.Linear(d, d), nn.SiLU()) if config.time_conditioning else None
+        self.conv = nn.Conv1d(d, d, config.conv, padding=config.conv // 2) if config.conv else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = nn.RMSNorm(d)
         self.output = nn.Linear(d, config.vocab_size)
@@ -132,7 +136,9 @@ class Denoiser(nn.Module):
             raise ValueError(f"a sequence of {length} slots in a model made for {self.config.length}")
         condition = None if self.time is None else self.condition(t)
         cos, sin = self.cos[:length], self.sin[:length]
-        h = self.embedding(x)
+        h = self.embedding(x)                                                                        # [B, L, D]
+        if self.conv is not None:        # words of a few letters, such as binding sites, are seen at once
+            h = h + F.gelu(self.conv(h.transpose(1, 2))).transpose(1, 2)
         # no cache of cast weights: a captured graph must cast them anew, since updates change them in place
         with torch.autocast(x.device.type, self.autocast, self.autocast is not None, cache_enabled=False):
             for block in self.blocks[:-1]:

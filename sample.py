@@ -14,8 +14,8 @@ from pathlib import Path as File
 
 import torch
 
-from rewards import TASKS, BadInput, ask
-from train import Flags, build, flag, load, parse, pick_device, run
+from rewards import TASKS, BadInput, ask, open_task
+from train import Flags, build, flag, held_data, load, parse, pick_device, restore, run
 
 
 @dataclass
@@ -24,7 +24,7 @@ class Options:
     which: str = flag("newest", "which of its models", choices=["newest", "pretrained", "finetuned"])
     n: int = flag(10, "samples", low=1)
     steps: int = flag(-1, "grid of the reverse process; -1: as the run had it; 0: none (absorb only)", low=-1)
-    prompt: str = flag("", "letters that are given, _ where a slot is free, as in TC____")
+    prompt: str = flag("", "letters that are given, _ where a slot is free: TC____ (default: the task's held-out prompts)")
     temperature: float = flag(1.0, "divides the logits: below 1 sharper, above 1 flatter", low=0.01, high=100)
     corrector_steps: int = flag(0, "moves of the corrector", low=0)
     corrector_t: float = flag(0.5, "time at which the reverse process pauses for the corrector", low=0.01, high=0.99)
@@ -41,20 +41,22 @@ class Options:
 def main(argv=None):
     options = Options(**parse(sys.argv[1:] if argv is None else argv, Options, __doc__))
     folder, flags = File(options.run), run_flags(options)
-    task = TASKS[flags.task]
+    task = open_task(flags.task, flags.length, flags.data, flags.pad, flags.crop, flags.reward)
     model, process = build(flags, task, pick_device(options.device))
     head = model.head
     model.head = lambda h: head(h) / options.temperature
-    prompt = read_prompt(task, options.prompt)
+    prompts = read_prompts(task, options)
+    if task.oracle is not None:
+        restore(folder / "oracle.pt", task.oracle)
 
     def draw(name, n):
         """n samples of one of the run's models -> (the paths, tokens [n, L], rewards [n])."""
-        load(folder / f"{name}.pt", model)
+        load(folder / f"{name}.pt", task, process, model)
         model.eval()
         torch.manual_seed(options.seed)
         paths = []
         for size in [options.batch] * (n // options.batch) + [n % options.batch] * (n % options.batch > 0):
-            given = prompt if prompt is not None or task.prompt is None else task.prompt(size, None)
+            given = None if prompts is None else prompts[torch.arange(size) % len(prompts)]
             paths.append(process.sample(model, size, task.length, flags.steps or None, given, None,
                                         options.corrector_steps, options.corrector_t))
         tokens = torch.cat([path.tokens for path in paths])
@@ -105,13 +107,15 @@ def newest(folder):
     raise BadInput(f"--run={folder} holds no model yet: its pre-training has not ended")
 
 
-def read_prompt(task, text):
-    """Letters and _ -> tokens [L], the mask where a slot is free; None for no prompt."""
+def read_prompts(task, options):
+    """--prompt, or else the task's held-out prompts -> tokens [m, L], the mask where a slot is free; None for no prompt."""
+    text = options.prompt
     if not text:
-        return None
+        return task.prompt(held_data(task, min(options.n, options.batch), options.seed)) if task.prompt else None
     if len(text) != task.length:
-        raise BadInput(f"--prompt={text} has {len(text)} letters: {task.name} has {task.length} slots (_ where one is free)")
-    return task.encode([text])[0]
+        raise BadInput(f"--prompt={text} has {len(text)} letters: {task.name} has {task.length} slots ({task.blank} where one "
+                       "is free)")
+    return task.encode([text])
 
 
 # ---- text -----------------------------------------------------------------------------------------------------------------

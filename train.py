@@ -2,6 +2,7 @@
 
     python train.py --task=toy            about a minute and a half on two CPU cores; results in out/toy
     python train.py --task=toy --resume   go on with a run that was stopped, to the same numbers
+    python train.py --task=dna --data=mine.fa.gz --length=80 --crop --reward=my_reward.py:score    your own data and reward
     python train.py --help                every flag
 
 Read from main() down: it tells the story in the order in which it runs.
@@ -10,6 +11,7 @@ import argparse
 import difflib
 import itertools
 import json
+import math
 import os
 import random
 import signal
@@ -26,7 +28,7 @@ from tqdm import tqdm
 import sepo
 from diffusion import SCHEDULES, Absorbing, Uniform
 from model import Config, Denoiser
-from rewards import TASKS, BadInput, ask
+from rewards import TASKS, BadInput, ask, open_task
 
 
 CHAINS = {                # --process, and the defaults that suit it
@@ -49,6 +51,12 @@ def flag(default, help, choices=None, low=None, high=None):
 @dataclass
 class Flags:
     task: str = flag("toy", "what to learn", choices=TASKS)
+    length: int = flag(0, "slots of a sequence, for dna and text; 0: as the task has it", low=0)
+    data: str = flag("", "file to pre-train on: a sequence a line, or FASTA; for text, a text; .gz too (default: the task's)")
+    pad: str = flag("", "letter with which short sequences of --data are filled up (default: they are refused)")
+    crop: bool = flag(False, "cut windows at random places from long sequences of --data; else they are refused")
+    reward: str = flag("", "file.py:function, list[str] -> list[float], in place of the task's reward")
+    init: str = flag("", "pretrained.pt of another run, to start from; skips pre-training, and brings the network's size")
     out: str = flag("", "folder for results (default: out/<task>)")
     overwrite: bool = flag(False, "replace the run that --out holds")
     resume: bool = flag(False, "go on with the run that --out holds, with its own flags")
@@ -66,13 +74,14 @@ class Flags:
     n_layer: int = flag(4, "transformer blocks", low=1)
     n_head: int = flag(4, "attention heads", low=1)
     n_embd: int = flag(128, "channels; a multiple of 2 * n_head", low=2)
+    conv: int = flag(0, "letters that a convolution over the embeddings reads at once; an odd number, 0: none", low=0)
     dropout: float = flag(0.0, "dropout, in pre-training alone", low=0, high=0.9)
     time_conditioning: bool = flag(False, "tell the network the time; always so with --process=uniform")
     # pre-training
     pretrain_iters: int = flag(800, "optimizer steps of pre-training", low=1)
     pretrain_batch: int = flag(128, "sequences a step", low=1)
     pretrain_lr: float = flag(2e-3, "peak learning rate; warm-up over 50 steps, then linear decay", low=0)
-    data_size: int = flag(20000, "sequences of data that the task makes", low=1)
+    data_size: int = flag(20000, "sequences that the task makes, or windows cut from --data", low=1)
     # sampling
     steps: int = flag(0, "grid of the reverse process; 0: none, every slot at its own exact time (absorb only)", low=0)
     corrector_steps: int = flag(0, "moves of the corrector in every rollout", low=0)
@@ -99,7 +108,8 @@ class Flags:
     entropy: float = flag(0.0, "entropy bonus, per nat of the slot laws", low=0)
     grad_clip: float = flag(1.0, "largest norm of a gradient", low=1e-6)
     # reporting
-    eval_every: int = flag(10, "rollouts between exact evaluations (enumerable tasks)", low=1)
+    eval_every: int = flag(10, "rollouts between evaluations: exact ones (enumerable tasks), or the task's own", low=1)
+    best_of: int = flag(16, "the report's best-of-n of the pre-trained model (tasks that cannot be enumerated)", low=2)
 
 
 # ---- the story --------------------------------------------------------------------------------------------------------
@@ -107,31 +117,43 @@ class Flags:
 def main(argv=None):
     """The whole run; returns the report's dict. Raises BadInput for anything that the user can mend."""
     flags = parse_flags(sys.argv[1:] if argv is None else argv)
-    task = TASKS[flags.task]
+    task = open_task(flags.task, flags.length, flags.data, flags.pad, flags.crop, flags.reward)
     if task.enumerable and flags.time_conditioning and not flags.steps and flags.process == "absorb":
         raise BadInput("an exact evaluation of a time-conditioned model needs a grid: add --steps=16")
     torch.manual_seed(flags.seed)
     np.random.seed(flags.seed)
     random.seed(flags.seed)
-    model, process = build(flags, task, pick_device(flags.device))
+    device = pick_device(flags.device)
+    model, process = build(flags, task, device)
+    if flags.init:
+        load(flags.init, task, process, model)
+    data = task.data(flags.data_size, torch.Generator().manual_seed(flags.seed)).to(device)          # [n, L]
+    if task.oracle is None:
+        ask(task, data[:2])                            # a reward that fails had better fail now
     out = open_folder(flags)                           # nothing is written before all of the input was found good
 
     with Session(out, flags) as session:
-        if session.phase == "pretrain":
-            pretrain(flags, task, process, model, session)
-            save(out / "pretrained.pt", task, model)
+        if task.oracle is not None:
+            learn_oracle(out, task, data, flags.resume)
+        if session.phase == "finetune":
+            load(out / "pretrained.pt", task, process, model)
         else:
-            load(out / "pretrained.pt", model)
+            if not flags.init:
+                pretrain(flags, task, process, model, data, session)
+            save(out / "pretrained.pt", task, process, model)
         model.eval()                                   # from here on no dropout: the ratio must be 1 at theta_old
         reference = deepcopy(model).requires_grad_(False)
         exact = Exact(flags, task, process, reference) if task.enumerable else None
+        watch = exact or Watch(flags, task, process, data)
         try:
-            finetune(flags, task, process, model, deepcopy(reference), exact, session, lambda: plot(out, exact))
+            finetune(flags, task, process, model, deepcopy(reference), data, watch, session, lambda: plot(out, exact))
         finally:                                       # on Ctrl-C or an error too: nothing that was learnt is lost
             if session.start is not None:              # ... nor overwritten, when last.pt could not be restored
-                save(out / "finetuned.pt", task, model)
+                save(out / "finetuned.pt", task, process, model)
     plot(out, exact)
-    return report(flags, task, process, {"pre-trained": reference, "fine-tuned": model}, reference, exact)
+    rows = report(flags, task, process, {"pre-trained": reference, "fine-tuned": model}, reference, exact, data)
+    (out / "report.json").write_text(json.dumps(rows, indent=2) + "\n")
+    return rows
 
 
 def build(flags, task, device):
@@ -152,7 +174,7 @@ def build(flags, task, device):
     if flags.cuda_graph and (uniform or not cuda):
         raise BadInput("--cuda_graph needs --device=cuda and --process=absorb")
     config = Config(task.vocab_size, task.length, flags.n_layer, flags.n_head, flags.n_embd, flags.dropout,
-                    flags.time_conditioning or uniform)
+                    flags.time_conditioning or uniform, flags.conv)
     try:
         model = Denoiser(config).to(device)
     except ValueError as error:
@@ -164,28 +186,46 @@ def build(flags, task, device):
     return model, Absorbing(task.vocab_size, flags.schedule, flags.cuda_graph)
 
 
-def pretrain(flags, task, process, model, session):
-    """Minimise the score entropy of the task's data."""
-    device = next(model.parameters()).device
-    data = task.data(flags.data_size, torch.Generator().manual_seed(flags.seed)).to(device)          # [n, L]
+def learn_oracle(out, task, data, resume):
+    """The network in the reward: fitted once a run, and saved with it."""
+    if resume and (out / "oracle.pt").exists():
+        restore(out / "oracle.pt", task.oracle)
+    else:
+        task.oracle.fit(data)
+        write(out / "oracle.pt", dict(model=task.oracle.state_dict()))
+
+
+def pretrain(flags, task, process, model, data, session):
+    """Minimise the score entropy of the data [n, L]; of what a prompt leaves free, where there are prompts."""
+    device = data.device
+    held = held_data(task, 256, flags.seed).to(device) if task.held else None
+
+    def loss_of(x0):
+        return process.loss(model, x0, given=None if task.prompt is None else task.prompt(x0) < task.vocab_size)
     optimizer = torch.optim.AdamW(model.parameters(), flags.pretrain_lr, weight_decay=0.01, fused=True)
     guard, window, text = Guard(model, optimizer, flags.grad_clip), dict(total=torch.zeros(()), n=0), "warming up"
     parts = dict(model=model, optimizer=optimizer, guard=guard.count, window=window)
     for i in session.steps("pretrain", flags.pretrain_iters, parts):
         set_lr(optimizer, flags.pretrain_lr * min((i + 1) / 50, max(0.05, 1 - i / flags.pretrain_iters)))
         x0 = data[torch.randint(len(data), (flags.pretrain_batch,), device=device)]
-        loss = process.loss(model, x0)
+        loss = loss_of(x0)
         guard.step(loss)
         window.update(total=window["total"] + loss.detach(), n=window["n"] + 1)
         if (i + 1) % 50 == 0 or i + 1 == flags.pretrain_iters:
             average = window["total"].item() / window["n"]
             window.update(total=torch.zeros(()), n=0)
-            session.log(phase="pretrain", iter=i + 1, loss=average)
-            text = f"loss {average:.3f} nats"
+            line, text = dict(phase="pretrain", iter=i + 1, loss=average), f"loss {average:.3f} nats"
+            if held is not None:
+                model.eval()
+                with torch.no_grad():
+                    line["held_loss"] = loss_of(held).item()
+                model.train()
+                text += f" (held out: {line['held_loss']:.3f})"
+            session.log(**line)
         session.end(i, parts, text)
 
 
-def finetune(flags, task, process, model, reference, exact, session, draw):
+def finetune(flags, task, process, model, reference, data, watch, session, draw):
     """Rollout, reward, advantages, a few updates; again."""
     optimizer = torch.optim.AdamW(model.parameters(), flags.lr, weight_decay=0.0, fused=True)
     guard, baseline = Guard(model, optimizer, flags.grad_clip), sepo.Baseline()
@@ -196,7 +236,10 @@ def finetune(flags, task, process, model, reference, exact, session, draw):
         set_lr(optimizer, flags.lr * max(0.05, 1 - i / flags.iters))
 
         # rollout: tokens, and the log-probability of every transition as it was drawn
-        prompt = task.prompt(flags.prompts, None).repeat_interleave(flags.group, 0) if task.prompt else None
+        prompt = None
+        if task.prompt:
+            prompt = task.prompt(data[torch.randint(len(data), (flags.prompts,), device=data.device)])
+            prompt = prompt.repeat_interleave(flags.group, 0)                        # [P * G, L]
         path = process.sample(model, flags.prompts * flags.group, task.length, flags.steps or None, prompt, None,
                               flags.corrector_steps, flags.corrector_t)
         reward = ask(task, path.tokens)                                              # [B], the only use of the black box
@@ -228,8 +271,8 @@ def finetune(flags, task, process, model, reference, exact, session, draw):
         line = dict(phase="finetune", iter=i + 1, loss=mean(losses), **count, reward=reward.mean().item(),
                     reward_std=reward.std(correction=0).item(), kl=log_ratio.flatten(1).sum(dim=1).mean().item(),
                     clip_fraction=mean(clipped), skipped=guard.count["skipped"])
-        if exact and ((i + 1) % flags.eval_every == 0 or i + 1 == flags.iters):
-            line.update(exact(model))
+        if (i + 1) % flags.eval_every == 0 or i + 1 == flags.iters:
+            line.update(watch(model, path, reward))
         session.log(**line)
         if (i + 1) % 25 == 0:
             draw()
@@ -275,7 +318,7 @@ class Exact:
     def law(self, model):
         return self.process.exact_law(model, self.length, self.steps)
 
-    def __call__(self, model):
+    def __call__(self, model, path=None, reward=None):
         p = self.law(model)
         reward, kl = (p * self.reward).sum().item(), (torch.xlogy(p, p) - p * self.reference).sum().item()
         room = self.optimum - self.floor               # 0 where every sequence has the same reward: any model is optimal
@@ -283,28 +326,76 @@ class Exact:
         return dict(exact_reward=reward, exact_kl=kl, share_of_optimum=share)
 
 
+class Watch:
+    """What can be seen of a task that is too large for exact laws: its own measures of a rollout, and the reward on held-out
+    prompts, a sample each."""
+
+    def __init__(self, flags, task, process, data):
+        self.task, self.process, self.steps = task, process, flags.steps or None
+        self.measure = task.measure(data) if task.measure else None
+        self.prompts = task.prompt(held_data(task, 256, flags.seed)).to(data.device) if task.prompt else None
+
+    def __call__(self, model, path, reward):
+        seen = self.measure(path.tokens, reward) if self.measure else {}
+        if self.prompts is not None:
+            path = self.process.sample(model, len(self.prompts), self.task.length, self.steps, self.prompts)
+            seen["reward, held-out prompts"] = ask(self.task, path.tokens).mean().item()
+        return {"watch": seen} if seen else {}
+
+
+def held_data(task, n, seed):
+    """At most n sequences that pre-training does not see; of its data, where the task holds none out -> [n, L]."""
+    return (task.held or task.data)(n, torch.Generator().manual_seed(seed + 1))[:n]
+
+
 # ---- the end of a run ---------------------------------------------------------------------------------------------------
 
-def report(flags, task, process, models, reference, exact, n=1000):
-    """Print a table before/after and some samples of each; return its rows."""
-    rows, examples = {}, {}
-    for name, model in models.items():
-        prompt = task.prompt(n, None) if task.prompt else None
-        path = process.sample(model, n, task.length, flags.steps or None, prompt)
-        with torch.no_grad():
-            logp_ref = process.replay(reference, path)
-        kl = (path.logp - logp_ref).flatten(1).sum(dim=1).mean().item()
-        rows[name] = dict(reward=ask(task, path.tokens).mean().item(), kl=kl, distinct=len(path.tokens.unique(dim=0)))
+def report(flags, task, process, models, reference, exact, data, n=1000):
+    """Print what was learnt as a table, and some samples; return its rows. With prompts, all of it is on held-out ones. Where
+    laws are not known, the held-out data and the best of several samples of the pre-trained model stand beside the models."""
+    held = held_data(task, n, flags.seed).to(data.device)
+    prompts = task.prompt(held) if task.prompt else None
+    n = n if prompts is None else len(held)
+
+    def draw(model, count, prompts, kl=True):
+        """Samples [count, L], in batches, and their path KL to the pre-trained model, nats."""
+        tokens, ratios, size = [], [], max(250, flags.prompts * flags.group)
+        for start in range(0, count, size):
+            end = min(start + size, count)
+            given = None if prompts is None else prompts[start:end]
+            path = process.sample(model, end - start, task.length, flags.steps or None, given)
+            tokens.append(path.tokens)
+            if kl:
+                with torch.no_grad():
+                    ratios.append((path.logp - process.replay(reference, path)).flatten(1).sum(dim=1))
+        return torch.cat(tokens), torch.cat(ratios).mean().item() if kl else None
+    drawn = {} if exact else {"data": (held, None)}
+    drawn |= {name: draw(model, n, prompts) for name, model in models.items()}
+    if not exact:
+        k = flags.best_of
+        tokens, _ = draw(reference, max(1, n // 4) * k, None if prompts is None else prompts.repeat_interleave(k, 0), kl=False)
+        best = ask(task, tokens).view(-1, k).argmax(dim=1) + k * torch.arange(len(tokens) // k, device=data.device)
+        drawn[f"best of {k}"] = tokens[best], math.log(k) - (k - 1) / k              # the KL of best-of-n, at most
+    measure, rows = task.measure(data) if task.measure else None, {}
+    for name, (tokens, kl) in drawn.items():
+        reward = ask(task, tokens)
+        row = {"reward": reward.mean().item(), "KL (nats)": kl, "distinct": len(tokens.unique(dim=0)) / len(tokens)}
         if exact:
-            truth = exact(model)
-            rows[name].update(reward=truth["exact_reward"], kl=truth["exact_kl"], share=truth["share_of_optimum"])
-        examples[name] = task.decode(path.tokens[:6])
-    print(f"{'':12} {'reward':>8} {'KL (nats)':>10} {'share of optimum':>17} {'distinct of ' + str(n):>17}")
+            truth = exact(models[name])
+            row |= {"reward": truth["exact_reward"], "KL (nats)": truth["exact_kl"],
+                    "share of optimum": truth["share_of_optimum"]}
+        else:
+            given = None if prompts is None else prompts[:len(tokens)] < task.vocab_size
+            row["bound (nats)"] = process.bound(reference, tokens, 8, given=given)[0].mean().item()
+        rows[name] = row | (measure(tokens, reward) if measure else {})
+    columns = list(rows["fine-tuned"])
+    print(f"{'':12}" + "".join(f"  {column:>9}" for column in columns))
     for name, row in rows.items():
-        share = f"{row['share']:.3f}" if exact else "unknown"
-        print(f"{name:12} {row['reward']:8.3f} {row['kl']:10.3f} {share:>17} {row['distinct']:17d}")
-    for name, samples in examples.items():
-        print(f"{name:12} {'  '.join(samples)}")
+        cells = ["-" if row[column] is None else f"{row[column]:.3f}" for column in columns]
+        print(f"{name:12}" + "".join(f"  {cell:>{max(9, len(column))}}" for cell, column in zip(cells, columns)))
+    for name, (tokens, _) in drawn.items():
+        samples = task.decode(tokens[:6])
+        print(f"{name:12} {'  '.join(samples)}" if task.length < 16 else "\n".join([f"{name}:", *samples]))
     return rows
 
 
@@ -336,6 +427,11 @@ def plot(out, exact):
         right.axhline(0, color="tab:red", ls=":", lw=1)
         worst = min([a["share_of_optimum"] for a in shared], default=0)
         right.set(ylabel="share of the optimum", ylim=(min(worst, 0) - 0.05, 1.05))
+    elif any("watch" in line for line in lines):
+        watched = [line for line in lines if "watch" in line]
+        name = next(iter(watched[0]["watch"]))         # the first is what the task cares for most
+        right.plot([line["queries"] for line in watched], [line["watch"][name] for line in watched], "k.-", lw=1)
+        right.set(ylabel=name)
     else:
         right.plot(x, [line["loss"] for line in lines], lw=0.7, color="tab:gray")
         right.set(ylabel="loss")
@@ -503,20 +599,31 @@ def read(file):
         raise BadInput(f"{file} is no checkpoint of plain tensors, or is damaged ({type(error).__name__})") from error
 
 
-def save(file, task, model):
-    write(file, dict(model=model.state_dict(), config=asdict(model.config), task=task.name))
+def save(file, task, process, model):
+    write(file, dict(model=model.state_dict(), config=asdict(model.config), task=task.name, alphabet=task.alphabet,
+                     process=type(process).__name__))
 
 
-def load(file, model):
-    """A saved model's weights into `model`, or BadInput when they do not fit."""
+def load(file, task, process, model):
+    """A saved model's weights into `model`, or BadInput when they do not fit, or mean other letters or another noise."""
+    saved = restore(file, model)
+    here = dict(alphabet=task.alphabet, process=type(process).__name__)
+    for name, value in here.items():
+        if saved.get(name) != value:
+            raise BadInput(f"{file} holds a model of {name} {saved.get(name)!r}: this run has {value!r}")
+
+
+def restore(file, network):
+    """A checkpoint's weights into the network -> all that the file holds."""
     saved = read(file)
     try:
-        model.load_state_dict(saved["model"])
+        network.load_state_dict(saved["model"])
     except (KeyError, TypeError, RuntimeError) as error:
         raise BadInput(f"{file} holds a model of another shape") from error
+    return saved
 
 
-RESULTS = ("metrics.jsonl", "pretrained.pt", "last.pt", "finetuned.pt", "curve.png")
+RESULTS = ("metrics.jsonl", "oracle.pt", "pretrained.pt", "last.pt", "finetuned.pt", "curve.png", "report.json")
 
 
 def open_folder(flags):
@@ -580,7 +687,7 @@ def parse_flags(argv):
     values = parse(argv, Flags, __doc__, special)
     task, process, algo = (values.get(name, getattr(Flags, name)) for name in ("task", "process", "algo"))
     if not values.get("resume"):
-        return Flags(**special[task] | special[process] | special[algo] | values)
+        return Flags(**special[task] | special[process] | special[algo] | values | size_of(values))
     out = File(values.get("out") or f"out/{task}")
     try:
         flags = Flags(**json.loads((out / "config.json").read_text()))
@@ -592,6 +699,20 @@ def parse_flags(argv):
         if name not in ("resume", "out", "save_every") and getattr(flags, name) != value:
             raise BadInput(f"--{name}={value}: the run in {out} has {getattr(flags, name)}; --resume goes on with it as it is")
     return replace(flags, resume=True, overwrite=False, out=str(out), save_every=values.get("save_every", flags.save_every))
+
+
+def size_of(values):
+    """The flags of the network's size as the checkpoint --init has them."""
+    if not values.get("init"):
+        return {}
+    names = ("n_layer", "n_head", "n_embd", "conv", "time_conditioning", "length")
+    saved = read(File(values["init"])).get("config")
+    if not isinstance(saved, dict) or not saved.keys() >= set(names):
+        raise BadInput(f"--init={values['init']} is no model of train.py")
+    for name in names:
+        if values.get(name, saved[name]) != saved[name]:
+            raise BadInput(f"--{name}={values[name]}: the model of --init has {saved[name]}")
+    return {name: saved[name] for name in names}
 
 
 def convert(f, text):

@@ -81,7 +81,8 @@ def test_event_loop_and_plain_loop_draw_the_same_tokens(steps, time_conditioning
     """Same reveal times, same Gumbel noise, ragged prompts (0 to 64 slots given), L = 64: the same tokens, with passes that
     shrink and with the padded passes that a CUDA graph replays."""
     V, L, B = 7, 64, 8
-    model, process = network(V, L, scale=0.7, time_conditioning=time_conditioning), Absorbing(V, cuda_graph=static)
+    model = network(V, L, scale=0.7, time_conditioning=time_conditioning, conv=5 if static else 0)
+    process = Absorbing(V, cuda_graph=static)
     generator = torch.Generator().manual_seed(6)
     given = torch.arange(L) < torch.tensor([0, 0, 5, 17, 30, 50, 63, 64])[:, None]
     x = torch.where(given, torch.randint(V, (B, L), generator=generator), V)
@@ -298,6 +299,16 @@ def test_loss_of_the_true_posterior_is_the_entropy():
         other = process.loss(network(V, L), x0)
     assert abs(losses.mean() - entropy) < 4 * losses.std() / 10
     assert other > entropy + 0.1
+
+
+def test_loss_given_some_slots_is_that_of_the_conditional_law():
+    """For the consistent model: minus the log-probability of the free slots given the others, for each sequence by itself."""
+    V, L = 3, 3
+    p0, process = random_law(V, L), Absorbing(V)
+    x0, given = torch.tensor([[2, 0, 1]]), torch.tensor([[True, False, False]])
+    conditional = p0[rank(x0, V)] / p0[sequences(V, L)[:, 0] == 2].sum()
+    bound, error = process.bound(posterior_table(p0, V, L), x0.expand(500, L), given=given.expand(500, L))
+    assert abs(bound.mean() + conditional.log()) < 4.5 * error.mean() / 500 ** 0.5
 
 
 def test_noised_view_keeps_the_prompt_and_scores_masked_slots_only():

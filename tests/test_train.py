@@ -14,6 +14,7 @@ import torch
 
 import sample
 import train
+from diffusion import Absorbing, Uniform
 from exact import network, sequences
 from model import Config, Denoiser
 from rewards import TASKS, BadInput, Task
@@ -45,7 +46,7 @@ def tiny(tmp_path_factory):
 def test_a_whole_run_through_the_command_line(tiny):
     out, done = tiny
     assert done.returncode == 0, done.stderr
-    assert {p.name for p in out.iterdir()} == {"config.json", *train.RESULTS}
+    assert {p.name for p in out.iterdir()} == {"config.json", *train.RESULTS} - {"oracle.pt"}
     assert (out / "curve.png").read_bytes()[:4] == b"\x89PNG"
     for word in ("reward", "KL", "share of optimum", "distinct", "pre-trained", "fine-tuned"):
         assert word in done.stdout
@@ -80,7 +81,7 @@ def test_the_same_seed_gives_the_same_numbers(tiny, tmp_path):
     ["--steps=2", "--time_conditioning", "--advantage=loo"], ["--group=1"], ["--beta=0", "--path_events=3"],
     ["--advantage=dr_grpo", "--dropout=0.1", "--dtype=bfloat16"], ["--schedule=cosine", "--corrector_steps=2"],
     ["--algo=loop"], ["--algo=loop", "--path_events=2", "--process=uniform"], ["--algo=prdp", "--group=4", "--prompts=2"],
-    ["--algo=prdp", "--process=uniform", "--beta_warmup=3"], ["--algo=reinforce"], ["--kl=loss", "--ref_every=2"],
+    ["--algo=prdp", "--process=uniform", "--beta_warmup=3"], ["--algo=reinforce", "--conv=3"], ["--kl=loss", "--ref_every=2"],
     ["--process=uniform", "--steps=4"], ["--process=uniform", "--states=terminal", "--schedule=geometric"],
     ["--process=uniform", "--corrector_steps=3", "--corrector_t=0.3", "--path_events=2"]])
 def test_every_choice_runs(extra, tmp_path):
@@ -89,12 +90,97 @@ def test_every_choice_runs(extra, tmp_path):
     assert last["iter"] == 6 and last["share_of_optimum"] <= 1 + 1e-5
 
 
+# ---- tasks beyond the toy -------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("task, columns", [
+    ("dna", ["true activity (median)", "oracle (median)", "over data's 99%", "3-mer corr."]),
+    ("arithmetic", []), ("text", ["known words", "distinct words"])])
+def test_a_task_beyond_the_toy_runs_goes_on_and_is_sampled(task, columns, tmp_path):
+    """Through the command line at a tiny size: its report, its curve, the same numbers after --resume, its samples."""
+    done = command(f"--task={task}", f"--out={tmp_path / 'a'}", *TINY, "--save_every=0")
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "a" / "report.json").read_text())
+    assert list(report) == ["data", "pre-trained", "fine-tuned", "best of 16"]
+    assert list(report["data"]) == ["reward", "KL (nats)", "distinct", "bound (nats)", *columns]
+    assert all(row["reward"] == row["reward"] and 0 < row["distinct"] <= 1 for row in report.values())
+    for word in ["data", "best of 16", *columns]:
+        assert word in done.stdout
+    lines = numbers(tmp_path / "a")
+    assert "held_loss" in lines[0] and [("watch" in line) for line in lines[1:]] == [False, False, True] * 2 or not columns
+    draws = command(f"--run={tmp_path / 'a'}", "--n=4", "--format=jsonl", script="sample.py")
+    assert draws.returncode == 0 and len(draws.stdout.splitlines()) == 4, draws.stderr
+    assert (tmp_path / "a" / "oracle.pt").exists() == (task == "dna")
+
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    (tmp_path / "b" / "finetuned.pt").unlink()
+    assert command(f"--out={tmp_path / 'b'}", "--resume").returncode == 0
+    assert json.loads((tmp_path / "b" / "report.json").read_text()) == report
+
+
+def test_arithmetic_is_asked_in_groups_and_answers_held_out_prompts(tmp_path):
+    train.main(["--task=arithmetic", f"--out={tmp_path}", *TINY, "--prompts=3", "--group=4"])
+    lines = numbers(tmp_path)
+    assert [line["queries"] for line in lines[1:]] == [12 * i for i in range(1, 7)]
+    assert [list(line.get("watch", {})) for line in lines[1:]] == [[], [], ["reward, held-out prompts"]] * 2
+    done = command(f"--run={tmp_path}", "--n=3", "--prompt=12+34=___", script="sample.py")
+    assert [line.split()[1][:6] for line in done.stdout.splitlines()] == ["12+34="] * 3
+
+
+def test_own_data_and_reward_and_a_start_from_a_saved_model(tmp_path, monkeypatch):
+    """What was pre-trained on a file is the start of a run with another reward: no pre-training, the same network."""
+    monkeypatch.chdir(tmp_path)
+    Path("mine.fa").write_text("".join(f">{i}\n{'ACGT'[i % 4] * 7}\n" for i in range(40)))
+    Path("my_reward.py").write_text("def score(samples):\n    return [s.count('G') / 7 for s in samples]\n")
+    data = ["--task=dna", "--data=mine.fa", "--length=7"]
+    train.main([*data, "--out=a", *TINY])
+    train.main([*data, "--out=b", "--init=a/pretrained.pt", "--reward=my_reward.py:score", "--iters=3", "--group=8"])
+    assert [line["phase"] for line in numbers(Path("b"))] == ["finetune"] * 3
+    a, b = weights(Path("a"), "pretrained"), weights(Path("b"), "pretrained")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    config = json.loads(Path("b/config.json").read_text())
+    assert config["n_embd"] == 16 and config["length"] == 7
+    done = command("--run=b", "--n=3", script="sample.py")
+    drawn = [line.split() for line in done.stdout.splitlines()]
+    assert len(drawn) == 3 and all(float(reward) == pytest.approx(s.count("G") / 7, abs=1e-4) for reward, s in drawn)
+
+    for args, message in (
+            ([*data, "--init=a/pretrained.pt", "--n_embd=32"], "--n_embd=32: the model of --init has 16"),
+            (["--task=dna", "--init=a/pretrained.pt", "--length=8"], "--length=8: the model of --init has 7"),
+            (["--task=toy", "--init=a/pretrained.pt"], "--length=7: --task=toy has 6 slots"),
+            (["--task=text", "--init=a/pretrained.pt"], "holds a model of another shape"),
+            ([*data, "--init=a/pretrained.pt", "--process=uniform"], "holds a model of another shape"),
+            ([*data, "--pad=N", "--init=a/pretrained.pt"], "holds a model of another shape"),
+            (["--init=none.pt"], "none.pt does not exist"), (["--init=mine.fa"], "mine.fa is no checkpoint of plain tensors"),
+            (["--init=a/oracle.pt"], "--init=a/oracle.pt is no model of train.py")):
+        done = command(*args, "--out=c")
+        assert (done.returncode, done.stdout) == (2, "") and message in done.stderr and done.stderr.count("\n") == 1
+        assert not Path("c").exists()
+
+
+def test_weights_that_mean_other_letters_or_another_noise_are_refused(tmp_path):
+    model, toy = network(4, 6, time_conditioning=True), TASKS["toy"]
+    train.save(tmp_path / "m.pt", toy, Absorbing(4), model)
+    train.load(tmp_path / "m.pt", toy, Absorbing(4), model)
+    with pytest.raises(BadInput, match="a model of alphabet 'ACGT': this run has 'ACGU'"):
+        train.load(tmp_path / "m.pt", replace(toy, alphabet="ACGU"), Absorbing(4), model)
+    with pytest.raises(BadInput, match="a model of process 'Absorbing': this run has 'Uniform'"):
+        train.load(tmp_path / "m.pt", toy, Uniform(4), model)
+
+
+def test_an_own_reward_that_fails_does_so_before_pre_training(tmp_path):
+    """Its traceback is one line, its sample is named, and no folder is left."""
+    (tmp_path / "own.py").write_text("def score(samples):\n    raise ValueError('two\\nlines')\n")
+    done = command(f"--reward={tmp_path / 'own.py'}:score", f"--out={tmp_path / 'run'}", *TINY)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and not (tmp_path / "run").exists()
+    assert done.stderr.startswith("train.py: the reward raised ValueError: two lines (on '")
+
+
 # ---- exact evaluation -----------------------------------------------------------------------------------------------------
 
 def test_share_of_optimum_is_zero_for_the_reference_and_below_one_for_any_model():
     task, flags = TASKS["toy"], train.Flags()
     reference = network(4, 6, n_embd=16)
-    exact = train.Exact(flags, task, train.Absorbing(4), reference)
+    exact = train.Exact(flags, task, Absorbing(4), reference)
     assert exact(reference)["share_of_optimum"] == pytest.approx(0, abs=1e-5)
     assert exact(reference)["exact_kl"] == pytest.approx(0, abs=1e-5)
     assert all(exact(network(4, 6, seed=s, n_embd=16))["share_of_optimum"] < 1 for s in range(3))
@@ -104,13 +190,13 @@ def test_a_reference_that_never_draws_some_sequences_gives_no_nan():
     reference = network(4, 6, n_embd=16)
     with torch.no_grad():
         reference.output.bias += torch.tensor([0.0, -300.0, 0.0, 0.0])
-    truth = train.Exact(train.Flags(), TASKS["toy"], train.Absorbing(4), reference)(network(4, 6, n_embd=16))
+    truth = train.Exact(train.Flags(), TASKS["toy"], Absorbing(4), reference)(network(4, 6, n_embd=16))
     assert all(torch.tensor(value).isfinite() for value in truth.values())
 
 
 def test_the_closed_form_optimum_has_share_one():
     """A stand-in for the process that returns p* ~ p_ref exp(R / beta) itself."""
-    exact = train.Exact(train.Flags(), TASKS["toy"], train.Absorbing(4), network(4, 6, n_embd=16))
+    exact = train.Exact(train.Flags(), TASKS["toy"], Absorbing(4), network(4, 6, n_embd=16))
     exact.law = lambda model: torch.softmax(exact.reference + TASKS["toy"].reward(sequences(4, 6)) / 0.1, 0)
     assert exact(None)["share_of_optimum"] == pytest.approx(1, abs=1e-5)
 
@@ -132,6 +218,7 @@ def test_the_closed_form_optimum_has_share_one():
     (["--iters"], "argument --iters: expected one argument"),
     (["toy"], "unexpected 'toy': flags are written --name=value"),
     (["--n_embd=30"], "n_embd (30) must be a multiple of twice n_head (4): rotary pairs"),
+    (["--conv=4"], "conv (4) must be odd"),
     (["--process=uniform", "--states=noised"], "--process=uniform has none: use path or terminal"),
     (["--process=uniform", "--steps=0"], "--process=uniform needs a grid"),
     (["--algo=prdp", "--beta=0"], "it needs --beta above 0"),
@@ -411,7 +498,7 @@ def test_damaged_checkpoints_and_those_of_another_shape_get_a_line(tiny, tmp_pat
 
 def test_a_save_never_leaves_a_torn_file(tmp_path, monkeypatch):
     model = network(2, 2)
-    train.save(tmp_path / "m.pt", TASKS["toy"], model)
+    train.save(tmp_path / "m.pt", TASKS["toy"], Absorbing(2), model)
     good = (tmp_path / "m.pt").read_bytes()
 
     def torn(what, file):
@@ -419,5 +506,5 @@ def test_a_save_never_leaves_a_torn_file(tmp_path, monkeypatch):
         raise OSError("disk full")
     monkeypatch.setattr(torch, "save", torn)
     with pytest.raises(BadInput, match="cannot write .*m.pt: disk full"):
-        train.save(tmp_path / "m.pt", TASKS["toy"], model)
+        train.save(tmp_path / "m.pt", TASKS["toy"], Absorbing(2), model)
     assert (tmp_path / "m.pt").read_bytes() == good

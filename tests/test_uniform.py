@@ -171,6 +171,23 @@ def test_a_trained_bound_lies_just_above_the_entropy(chain):
     assert entropy - 3 * error < bound < 1.05 * entropy, (bound, error, entropy)
 
 
+def test_loss_given_some_slots_neither_noises_nor_scores_them():
+    V, seen = 3, []
+    inner = network(V, 4, time_conditioning=True)
+
+    def model(x, t, shift=0.0):
+        seen.append(x)
+        return inner(x, t) + shift * torch.tensor([1.0, 0, 0, 1.0])[:, None] * torch.arange(V)
+    process, x0 = Uniform(V), torch.randint(V, (500, 4), generator=torch.Generator().manual_seed(0))
+    given = torch.tensor([True, False, False, True]).expand_as(x0)
+    with torch.no_grad():
+        a, b = (process.losses(lambda x, t: model(x, t, shift), x0, torch.Generator().manual_seed(1), given)
+                for shift in (0, 3))
+        whole = process.losses(model, x0, torch.Generator().manual_seed(1))
+    assert torch.equal(a, b) and (seen[0][given] == x0[given]).all() and (seen[0] != x0).any()
+    assert whole.mean() > 1.3 * a.mean()
+
+
 @pytest.mark.parametrize("chain, steps", [(Absorbing, None), (Uniform, 128)])
 def test_the_bound_lies_above_minus_log_of_the_exact_law(chain, steps):
     """For every sequence of a small space and an inconsistent model. The bound is that of the chain without a grid."""
