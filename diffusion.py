@@ -4,7 +4,7 @@ Shapes: B sequences, L slots, V clean tokens; token V is the mask M. Time t runs
 chance that a slot is still clean. A model is any callable (x, t) -> logits [B, L, V] of log p_theta(x0_i = v | x_t).
 """
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -49,6 +49,13 @@ class View:
     s: torch.Tensor | None = None   # [n]     the time of y, if y is drawn by a step of a grid from t to s
     place: torch.Tensor | None = None     # [n, k] where the transitions stand in path.logp.flatten(1)
 
+    def split(self, size):
+        """The same in views of at most `size` states each; 0: in one."""
+        if not size:
+            return [self]
+        return [replace(self, **{name: part[i:i + size] for name, part in vars(self).items() if part is not None})
+                for i in range(0, len(self.row), size)]
+
 
 @dataclass
 class Path:
@@ -73,6 +80,11 @@ class Path:
     def n_events(self):
         """[B]: forward passes that the row took."""
         return self.event.amax(dim=1) + 1
+
+    @cached_property
+    def visits(self):
+        """Row and event of every state that was visited, [n] each."""
+        return visits_of(self.n_events)
 
     def by_event(self, logp):
         """Log-probabilities of the transitions [B, L] -> of the events that made them, all slots of one together, [B, L]."""
@@ -107,6 +119,11 @@ class GridPath:
     def n_events(self):
         return torch.full_like(self.given[:, 0], len(self.states) - 1, dtype=torch.long)
 
+    @cached_property
+    def visits(self):
+        """Row and step of every state that was visited, [n] each."""
+        return visits_of(self.n_events)
+
     def by_event(self, logp):
         """Log-probabilities of the slots' moves [B, N, L] -> of the steps [B, N]."""
         return logp.sum(dim=2)
@@ -130,6 +147,11 @@ def event_index(time):
     new[:, 1:] = value[:, 1:] < value[:, :-1]
     rank = new.cumsum(dim=1) - 1 - value[:, :1].isinf().long()
     return torch.empty_like(order).scatter_(1, order, rank)
+
+
+def visits_of(n_events):
+    """Numbers of events [B] -> row and event of each, [n] each; a host synchronisation."""
+    return (torch.arange(int(n_events.max()), device=n_events.device) < n_events[:, None]).nonzero(as_tuple=True)
 
 
 def schedule(event):
@@ -205,8 +227,7 @@ class Chain:
             view = path.view(row, event)
             logp = self.log_law(model, view).gather(-1, view.y[..., None]).squeeze(-1)               # [n, k]
             return logp * view.weight, view.place
-        E, device = int(path.n_events.max()), path.tokens.device
-        row, event = (torch.arange(E, device=device) < path.n_events[:, None]).nonzero(as_tuple=True)
+        row, event = path.visits
         logp = torch.zeros_like(path.logp).flatten(1)
         for r, e in zip(row.split(chunk or len(path.tokens)), event.split(chunk or len(path.tokens))):
             grad = torch.is_grad_enabled()

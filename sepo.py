@@ -95,7 +95,8 @@ def surrogate(log_ratio, A, clip):
 
 def sepo_loss(process, model, path, advantages, states="path", clip=0.2, consistency=0.0, entropy=0.0, events=1, view=None,
               reference=None, beta=0.0, generator=None):
-    """Score Entropy Policy Optimization (SEPO, arXiv 2502.01384) -> (loss, stats of detached scalars).
+    """Score Entropy Policy Optimization (SEPO, arXiv 2502.01384) -> (loss, stats of detached scalars). The losses of a view's
+    parts (view.split) add up to that of the whole.
 
     advantages: float [B], or, with states=path, shaped as path.logp: a return for each transition. view: the states, from
     draw_view; pass the one of the rollout, with its logp_old, to later updates of the same rollout (None: drawn here;
@@ -126,18 +127,18 @@ def sepo_loss(process, model, path, advantages, states="path", clip=0.2, consist
 
 # ---- LOOP, REINFORCE, PRDP ----------------------------------------------------------------------------------------------
 
-def loop_loss(process, model, path, advantages, clip=0.2, events=None, generator=None):
+def loop_loss(process, model, path, advantages, clip=0.2, events=None, view=None, chunk=None, generator=None):
     """Leave-one-out PPO (LOOP, arXiv 2503.00897) -> (loss, stats). advantages [B], of kind `loo` in the paper.
 
     Importance weight and clip are on every transition: an event of the path with all the slots that it moved, their joint
-    probability. events: how many a path, drawn without bias, one pass each; None: all of them (memory of one pass).
-    With clip = inf and one update a rollout it is REINFORCE."""
-    if events is None:
-        new, old = path.by_event(process.replay(model, path)), path.by_event(path.logp)              # [B, E]
+    probability. events: how many a path, drawn without bias, one pass each, or the view of them (its parts add up); None: all
+    of them, `chunk` states (default: B) a pass, in the memory of one. With clip = inf and one update it is REINFORCE."""
+    if events is None and view is None:
+        new, old = path.by_event(process.replay(model, path, chunk)), path.by_event(path.logp)       # [B, E]
         weight = torch.arange(new.size(1), device=new.device) < path.n_events[:, None]
         A = advantages[:, None]
     else:
-        view = process.path_view(path, events, generator)
+        view = process.path_view(path, events, generator) if view is None else view
         moved = view.weight > 0
         new, old = ((logp * moved).sum(dim=1, keepdim=True) for logp in (line_logp(process, model, view)[0], view.logp_old))
         weight, A = view.weight.amax(dim=1, keepdim=True), advantages[view.row, None]
@@ -146,9 +147,9 @@ def loop_loss(process, model, path, advantages, clip=0.2, events=None, generator
     return -(weight * term).sum() / len(path.tokens), {"clip_fraction": (stopped & seen).sum() / seen.sum().clamp(min=1)}
 
 
-def prdp_loss(process, model, path, rewards, logp_ref, beta, clip=0.5):
+def prdp_loss(process, model, path, rewards, logp_ref, beta, clip=0.5, chunk=None):
     """Proximal reward difference prediction (PRDP, arXiv 2402.08714) -> (loss, stats). rewards [P, G]; logp_ref: the
-    transitions' log-probabilities under the reference, shaped as path.logp; clip in nats of a path.
+    transitions' log-probabilities under the reference, shaped as path.logp; clip in nats of a path; chunk: states a pass.
 
     At the optimum of E[R] - beta KL, beta log p(path)/p_ref(path) - R is the same for all paths of a prompt. Regressing all
     pairs of a group on each other is regressing each path on the group's mean. The proximal clip keeps a path's log-ratio
@@ -157,7 +158,8 @@ def prdp_loss(process, model, path, rewards, logp_ref, beta, clip=0.5):
     def error(log_ratio):
         d = beta * log_ratio - rewards                                               # [P, G]
         return (d - d.mean(dim=1, keepdim=True)).square() / (2 * beta)
-    new, old = ((logp - logp_ref).flatten(1).sum(dim=1).view_as(rewards) for logp in (process.replay(model, path), path.logp))
+    new, old = ((logp - logp_ref).flatten(1).sum(dim=1).view_as(rewards)
+                for logp in (process.replay(model, path, chunk), path.logp))
     near = new.clamp(old - clip, old + clip)
     free, bounded = error(new), error(near)
     return torch.maximum(free, bounded).mean(), {"clip_fraction": ((near != new) & (bounded > free)).float().mean()}

@@ -3,6 +3,7 @@
     python train.py --task=toy            about a minute and a half on two CPU cores; results in out/toy
     python train.py --task=toy --resume   go on with a run that was stopped, to the same numbers
     python train.py --task=dna --data=mine.fa.gz --length=80 --crop --reward=my_reward.py:score    your own data and reward
+    torchrun --nproc_per_node=4 train.py --task=dna --prompts=4     the same on four cards (or processes), prompts shared out
     python train.py --help                every flag
 
 Read from main() down: it tells the story in the order in which it runs.
@@ -23,6 +24,7 @@ from pathlib import Path as File
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 import sepo
@@ -65,6 +67,8 @@ class Flags:
     device: str = flag("auto", "cpu, cuda, or auto: cuda where there is one", choices=["auto", "cpu", "cuda"])
     dtype: str = flag("auto", "of the network's matrix products; auto: bfloat16 on cuda, float32 on cpu",
                       choices=["auto", "float32", "bfloat16"])
+    micro_batch: int = flag(0, "states a backward pass, where memory is short; gradients add up. 0: all at once", low=0)
+    compile: bool = flag(False, "torch.compile the transformer's blocks: pays on long runs of a large network")
     cuda_graph: bool = flag(False, "replay a rollout's forward passes as one CUDA graph (cuda only; not yet measured)")
     # chain
     process: str = flag("absorb", "noise: absorb turns letters into masks, uniform into other letters",
@@ -124,13 +128,18 @@ def main(argv=None):
     np.random.seed(flags.seed)
     random.seed(flags.seed)
     device = pick_device(flags.device)
-    model, process = build(flags, task, device)
+    model, process = build(flags, task, device)        # the same weights in every process ...
     if flags.init:
         load(flags.init, task, process, model)
     data = task.data(flags.data_size, torch.Generator().manual_seed(flags.seed)).to(device)          # [n, L]
     if task.oracle is None:
         ask(task, data[:2])                            # a reward that fails had better fail now
+    join(device)
     out = open_folder(flags)                           # nothing is written before all of the input was found good
+    if rank():                                         # ... but other draws in each, of its share of the prompts
+        torch.manual_seed(flags.seed + 1_000_003 * rank())
+    flags = replace(flags, prompts=flags.prompts // ranks(), pretrain_batch=flags.pretrain_batch // ranks())
+    clock = Clock(device)
 
     with Session(out, flags) as session:
         if task.oracle is not None:
@@ -139,17 +148,22 @@ def main(argv=None):
             load(out / "pretrained.pt", task, process, model)
         else:
             if not flags.init:
-                pretrain(flags, task, process, model, data, session)
+                pretrain(flags, task, process, model, data, session, clock)
             save(out / "pretrained.pt", task, process, model)
         model.eval()                                   # from here on no dropout: the ratio must be 1 at theta_old
-        reference = deepcopy(model).requires_grad_(False)
+        reference = compiled(flags, deepcopy(model).requires_grad_(False))
         exact = Exact(flags, task, process, reference) if task.enumerable else None
         watch = exact or Watch(flags, task, process, data)
+        anchor = compiled(flags, deepcopy(reference))  # of the KL; --ref_every moves it
         try:
-            finetune(flags, task, process, model, deepcopy(reference), data, watch, session, lambda: plot(out, exact))
+            finetune(flags, task, process, model, anchor, data, watch, session, clock, lambda: plot(out, exact))
         finally:                                       # on Ctrl-C or an error too: nothing that was learnt is lost
             if session.start is not None:              # ... nor overwritten, when last.pt could not be restored
                 save(out / "finetuned.pt", task, process, model)
+    leave()
+    if rank():
+        return None
+    clock.report(model, task.length)
     plot(out, exact)
     rows = report(flags, task, process, {"pre-trained": reference, "fine-tuned": model}, reference, exact, data)
     (out / "report.json").write_text(json.dumps(rows, indent=2) + "\n")
@@ -169,6 +183,9 @@ def build(flags, task, device):
         raise BadInput("--algo=sepo scores --path_events=1 or more; all of them is --algo=loop")
     if flags.algo != "sepo" and (flags.states != "path" or flags.kl != "return" or flags.consistency or flags.entropy):
         raise BadInput(f"--states, --kl, --consistency and --entropy are sepo's: --algo={flags.algo} knows the path alone")
+    for name in ("prompts", "pretrain_batch"):
+        if getattr(flags, name) % ranks():
+            raise BadInput(f"--{name}={getattr(flags, name)}: {ranks()} processes share it: a multiple of {ranks()} is needed")
     if flags.algo == "prdp" and flags.path_events:
         raise BadInput("--algo=prdp needs the whole path: leave out --path_events")
     if flags.cuda_graph and (uniform or not cuda):
@@ -181,9 +198,17 @@ def build(flags, task, device):
         raise BadInput(str(error)) from error
     if flags.dtype == "bfloat16" or (flags.dtype == "auto" and cuda):
         model.autocast = torch.bfloat16
+    compiled(flags, model)
     if uniform:
         return model, Uniform(task.vocab_size, flags.schedule)
     return model, Absorbing(task.vocab_size, flags.schedule, flags.cuda_graph)
+
+
+def compiled(flags, model):
+    """The model, its blocks compiled where --compile asks for it; a deep copy loses that."""
+    for block in model.blocks if flags.compile else []:
+        block.compile(dynamic=True)                    # rows and slots shrink from pass to pass
+    return model
 
 
 def learn_oracle(out, task, data, resume):
@@ -195,7 +220,7 @@ def learn_oracle(out, task, data, resume):
         write(out / "oracle.pt", dict(model=task.oracle.state_dict()))
 
 
-def pretrain(flags, task, process, model, data, session):
+def pretrain(flags, task, process, model, data, session, clock):
     """Minimise the score entropy of the data [n, L]; of what a prompt leaves free, where there are prompts."""
     device = data.device
     held = held_data(task, 256, flags.seed).to(device) if task.held else None
@@ -204,17 +229,19 @@ def pretrain(flags, task, process, model, data, session):
         return process.loss(model, x0, given=None if task.prompt is None else task.prompt(x0) < task.vocab_size)
     optimizer = torch.optim.AdamW(model.parameters(), flags.pretrain_lr, weight_decay=0.01, fused=True)
     guard, window, text = Guard(model, optimizer, flags.grad_clip), dict(total=torch.zeros(()), n=0), "warming up"
+    clock("start")
     parts = dict(model=model, optimizer=optimizer, guard=guard.count, window=window)
     for i in session.steps("pretrain", flags.pretrain_iters, parts):
         set_lr(optimizer, flags.pretrain_lr * min((i + 1) / 50, max(0.05, 1 - i / flags.pretrain_iters)))
         x0 = data[torch.randint(len(data), (flags.pretrain_batch,), device=device)]
-        loss = loss_of(x0)
-        guard.step(loss)
-        window.update(total=window["total"] + loss.detach(), n=window["n"] + 1)
+        loss = guard.step(loss_of(part) * (len(part) / len(x0)) for part in x0.split(flags.micro_batch or len(x0)))
+        clock.passes["pre-training"] += 3 * len(x0)
+        window.update(total=window["total"] + loss, n=window["n"] + 1)
         if (i + 1) % 50 == 0 or i + 1 == flags.pretrain_iters:
-            average = window["total"].item() / window["n"]
+            guard.check()
+            line = dict(phase="pretrain", iter=i + 1, loss=window["total"].item() / window["n"])
             window.update(total=torch.zeros(()), n=0)
-            line, text = dict(phase="pretrain", iter=i + 1, loss=average), f"loss {average:.3f} nats"
+            text = f"loss {line['loss']:.3f} nats"
             if held is not None:
                 model.eval()
                 with torch.no_grad():
@@ -223,15 +250,17 @@ def pretrain(flags, task, process, model, data, session):
                 text += f" (held out: {line['held_loss']:.3f})"
             session.log(**line)
         session.end(i, parts, text)
+    clock("pre-training")
 
 
-def finetune(flags, task, process, model, reference, data, watch, session, draw):
+def finetune(flags, task, process, model, reference, data, watch, session, clock, draw):
     """Rollout, reward, advantages, a few updates; again."""
     optimizer = torch.optim.AdamW(model.parameters(), flags.lr, weight_decay=0.0, fused=True)
     guard, baseline = Guard(model, optimizer, flags.grad_clip), sepo.Baseline()
     count = dict(queries=0, passes=0)  # rewards asked; states through the network, a backward pass counting two
     parts = dict(model=model, reference=reference, optimizer=optimizer, guard=guard.count, baseline=vars(baseline),
                  count=count)
+    clock("start")
     for i in session.steps("finetune", flags.iters, parts):
         set_lr(optimizer, flags.lr * max(0.05, 1 - i / flags.iters))
 
@@ -240,59 +269,71 @@ def finetune(flags, task, process, model, reference, data, watch, session, draw)
         if task.prompt:
             prompt = task.prompt(data[torch.randint(len(data), (flags.prompts,), device=data.device)])
             prompt = prompt.repeat_interleave(flags.group, 0)                        # [P * G, L]
+        clock("other")
         path = process.sample(model, flags.prompts * flags.group, task.length, flags.steps or None, prompt, None,
                               flags.corrector_steps, flags.corrector_t)
+        clock("rollout")
         reward = ask(task, path.tokens)                                              # [B], the only use of the black box
+        clock("reward")
 
         # what each sample is worth: its reward, less beta times what its path cost in nats
         with torch.no_grad():
-            logp_ref = process.replay(reference, path)
+            logp_ref = process.replay(reference, path, flags.micro_batch or None)
         log_ratio = path.logp - logp_ref                                             # a number for each transition
         beta = flags.beta * min(1, (i + 1) / (flags.beta_warmup or 1))
-        value = sepo.regularised(reward, log_ratio, beta if flags.kl == "return" else 0)
-        value = value.view(flags.prompts, flags.group)
-        advantage = sepo.advantages(value, flags.advantage, baseline).flatten()      # [B]
-        baseline.update(value)
+        value = sepo.regularised(reward, log_ratio, beta if flags.kl == "return" else 0).view(flags.prompts, flags.group)
+        everyone = gathered(value)                                                   # [P of all processes, G]
+        mine = slice(rank() * flags.prompts, (rank() + 1) * flags.prompts)
+        advantage = sepo.advantages(everyone, flags.advantage, baseline)[mine].flatten()             # [B]
+        baseline.update(everyone)
+        clock("reference")
 
         # updates, each from fresh events of the path
-        loss_of = objective(flags, process, model, reference, path, reward.view_as(value), advantage, logp_ref, beta)
+        terms = objective(flags, process, model, reference, path, reward.view_as(value), advantage, logp_ref, beta)
         losses, clipped = [], []
         for _ in range(flags.updates):
-            loss, stats = loss_of()
-            guard.step(loss)
-            losses.append(loss.detach())
-            clipped.append(stats["clip_fraction"])
+            losses.append(guard.step(loss for loss, stats in terms() if clipped.append(stats["clip_fraction"]) is None))
+        guard.check()
         if flags.ref_every and (i + 1) % flags.ref_every == 0:
             reference.load_state_dict(model.state_dict())
+        clock("updates")
 
         states, scored = path.n_events.sum().item(), flags.path_events if flags.states == "path" else 1
-        count["queries"] += len(reward)
-        count["passes"] += 2 * states + flags.updates * (3 * scored * len(reward) or 4 * states)
-        line = dict(phase="finetune", iter=i + 1, loss=mean(losses), **count, reward=reward.mean().item(),
-                    reward_std=reward.std(correction=0).item(), kl=log_ratio.flatten(1).sum(dim=1).mean().item(),
-                    clip_fraction=mean(clipped), skipped=guard.count["skipped"])
-        if (i + 1) % flags.eval_every == 0 or i + 1 == flags.iters:
+        spent = 2 * states + flags.updates * (3 * scored * len(reward) or 4 * states)
+        clock.passes["fine-tuning"] += spent
+        count["queries"] += len(reward) * ranks()
+        count["passes"] += spent * ranks()
+        line = averaged(loss=mean(losses), reward=reward.mean().item(), reward_std=reward.std(correction=0).item(),
+                        kl=log_ratio.flatten(1).sum(dim=1).mean().item(), clip_fraction=mean(clipped))
+        line = dict(phase="finetune", iter=i + 1, **count, **line, skipped=int(guard.count["skipped"]))
+        if rank() == 0 and ((i + 1) % flags.eval_every == 0 or i + 1 == flags.iters):
             line.update(watch(model, path, reward))
         session.log(**line)
-        if (i + 1) % 25 == 0:
+        if rank() == 0 and (i + 1) % 25 == 0:
             draw()
         session.end(i, parts, f"reward {line['reward']:.3f}  KL {line['kl']:.2f} nats")
 
 
 def objective(flags, process, model, reference, path, reward, advantage, logp_ref, beta):
-    """The chosen method's loss on this rollout -> a function of nothing: (loss, stats) at the weights as they are."""
+    """The chosen method's loss on this rollout -> a function of nothing: its parts (loss, stats) at the weights as they are, a
+    part for each micro-batch of states; their losses add up."""
+    size = flags.micro_batch
     if flags.algo == "prdp":
-        return lambda: sepo.prdp_loss(process, model, path, reward, logp_ref, beta, flags.clip)
+        return lambda: [sepo.prdp_loss(process, model, path, reward, logp_ref, beta, flags.clip, size or None)]
     if flags.algo in ("loop", "reinforce"):
         clip = flags.clip if flags.algo == "loop" else float("inf")
-        return lambda: sepo.loop_loss(process, model, path, advantage, clip, flags.path_events or None)
-    view = None                        # `path` draws fresh states each time, their old log-probabilities being known
+        if not flags.path_events:
+            return lambda: [sepo.loop_loss(process, model, path, advantage, clip, chunk=size or None)]
+        return lambda: (sepo.loop_loss(process, model, path, advantage, clip, view=part)
+                        for part in process.path_view(path, flags.path_events).split(size))
+    once = None                        # `path` draws fresh states each time, their old log-probabilities being known
     if flags.states != "path":         # the others draw theirs once
-        view = sepo.draw_view(process, path, flags.states)
+        once = sepo.draw_view(process, path, flags.states)
         with torch.no_grad():
-            view.logp_old = sepo.line_logp(process, model, view)[0]
-    return lambda: sepo.sepo_loss(process, model, path, advantage, flags.states, flags.clip, flags.consistency, flags.entropy,
-                                  flags.path_events, view, reference, beta if flags.kl == "loss" else 0)
+            once.logp_old = torch.cat([sepo.line_logp(process, model, part)[0] for part in once.split(size)])
+    return lambda: (sepo.sepo_loss(process, model, path, advantage, flags.states, flags.clip, flags.consistency, flags.entropy,
+                                   view=part, reference=reference, beta=beta if flags.kl == "loss" else 0)
+                    for part in (once or process.path_view(path, flags.path_events)).split(size))
 
 
 # ---- exact evaluation of enumerable tasks -------------------------------------------------------------------------------
@@ -457,30 +498,129 @@ def smooth(values, width=10):
 # ---- plumbing -----------------------------------------------------------------------------------------------------------
 
 class Guard:
-    """An optimizer step that a loss or gradient that is not finite cannot spoil: it is skipped and counted, and too many in
-    a row stop the run. One host synchronisation a step, at its end."""
+    """Optimizer steps that a loss or gradient that is not finite cannot spoil: they are skipped and counted on the device, so
+    that no update waits for the host; check() stops the run when the last `patience` updates were all skipped."""
 
     def __init__(self, model, optimizer, grad_clip, patience=20):
         self.parameters, self.optimizer, self.grad_clip = list(model.parameters()), optimizer, grad_clip
-        self.patience, self.count = patience, dict(skipped=0, row=0)
+        self.patience, self.count = patience, dict(skipped=torch.zeros(()), row=torch.zeros(()))
 
-    def step(self, loss):
+    def step(self, losses):
+        """One update on the sum of `losses`, each with its own backward pass -> that sum, detached."""
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.grad_clip)
-        if (loss.detach() + norm).isfinite():
-            self.count["row"] = 0
-            return self.optimizer.step()
-        self.count["skipped"] += 1
-        self.count["row"] += 1
+        total = torch.zeros((), device=self.parameters[0].device)
+        for loss in losses:
+            loss.backward()
+            total += loss.detach()
+        average([total, *(p.grad for p in self.parameters if p.grad is not None)])
+        bad = ~(total + torch.nn.utils.clip_grad_norm_(self.parameters, self.grad_clip)).isfinite()
+        self.optimizer.found_inf = bad.float()         # as GradScaler has it: fused AdamW leaves weights and moments alone
+        self.optimizer.step()
+        self.count.update(skipped=self.count["skipped"] + bad, row=(self.count["row"] + 1) * bad)
+        return total
+
+    def check(self):
         if self.count["row"] >= self.patience:
             raise BadInput(f"{self.patience} updates in a row had a loss or gradient that is not finite: "
                            "try a smaller learning rate")
 
 
+class Clock:
+    """Seconds by what they went into, and the states that went through the network, a backward pass counting two. On CUDA a
+    phase ends when the device has done what it was asked for: one synchronisation a phase, none within."""
+
+    PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40": 181e12, "4090": 165e12}    # bfloat16 FLOP/s, dense
+
+    def __init__(self, device):
+        self.device, self.last, self.spent = device, time.perf_counter(), {}
+        self.passes = {"pre-training": 0, "fine-tuning": 0}
+
+    def __call__(self, name):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.spent[name], self.last = self.spent.get(name, 0.0) + now - self.last, now
+
+    def report(self, model, length):
+        """Tokens a second through the network, a training step counting three; on a card that is known, the share of its peak
+        (FLOPs: 2 a weight and token, and attention's 4 * length * width a layer); what a rollout's time went into."""
+        parts = ("rollout", "reward", "reference", "updates", "other")
+        tuning = sum(self.spent.get(name, 0) for name in parts)
+        spent = {"pre-training": self.spent.get("pre-training", 0), "fine-tuning": tuning}
+        weights = sum(p.numel() for p in model.parameters()) - model.embedding.weight.numel()
+        flop = 2 * weights + 4 * length * model.config.n_embd * model.config.n_layer
+        card = torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu"
+        peak = next((peak for name, peak in self.PEAK.items() if name in card), None)
+        for phase, passes in self.passes.items():
+            if passes:
+                rate = passes * length / spent[phase]
+                used = f", {rate * flop / peak:.1%} of the peak of one {card}" if peak else ""
+                print(f"{phase}: {rate:,.0f} tokens a second{used}", file=sys.stderr)
+        if self.passes["fine-tuning"]:
+            shares = ", ".join(f"{name} {self.spent.get(name, 0) / tuning:.0%}" for name in parts)
+            print(f"fine-tuning: {shares} of the time", file=sys.stderr)
+
+
+# ---- several processes ----------------------------------------------------------------------------------------------------
+
+def rank():
+    """Which of torchrun's processes this is; 0 without torchrun."""
+    return int(os.environ.get("RANK", 0))
+
+
+def ranks():
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def join(device):
+    """Meet the other processes: each samples and scores its own prompts, gradients are averaged, the first logs and saves."""
+    if ranks() > 1 and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+
+
+def leave():
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def average(tensors):
+    """Each tensor becomes its mean over the processes, in one message."""
+    if dist.is_initialized():
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(flat)
+        flat /= ranks()
+        for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
+            tensor.copy_(mean.view_as(tensor))
+
+
+def averaged(**numbers):
+    means = torch.tensor(list(numbers.values()), dtype=torch.float64)
+    average([means])
+    return dict(zip(numbers, means.tolist()))
+
+
+def agreed(*wishes):
+    """What any process wants, all of them do."""
+    if not dist.is_initialized():
+        return wishes
+    wanted = torch.tensor(wishes, dtype=torch.float)
+    dist.all_reduce(wanted, dist.ReduceOp.MAX)
+    return [wish > 0 for wish in wanted.tolist()]
+
+
+def gathered(rows):
+    """[P, G] of each process -> [P * ranks, G]."""
+    if not dist.is_initialized():
+        return rows
+    parts = [torch.empty_like(rows) for _ in range(ranks())]
+    dist.all_gather(parts, rows.contiguous())
+    return torch.cat(parts)
+
+
 class Session:
     """A run as it goes by: metrics.jsonl, progress on standard error, and last.pt, from which --resume goes on to the same
-    numbers. The first Ctrl-C lets the update finish and saves; a second one stops at once."""
+    numbers. The first Ctrl-C (or SIGTERM) lets the update finish and saves; a second one stops at once. Of several processes
+    the first writes."""
 
     def __init__(self, out, flags):
         self.out, self.every, self.stopping, self.saved = out, flags.save_every, False, None
@@ -491,21 +631,23 @@ class Session:
         self.phase, self.start = self.saved["phase"] if self.saved else "pretrain", None
         kept = open(out / "metrics.jsonl").readlines()[:self.saved["lines"]] if self.saved else []
         self.lines, self.gone = len(kept), self.saved["seconds"] if self.saved else 0.0
-        part = out / "metrics.part"                    # what a killed run logged after its last save is not part of it
-        part.write_text("".join(kept))
-        os.replace(part, out / "metrics.jsonl")
-        self.file = open(out / "metrics.jsonl", "a")
+        if rank() == 0:
+            part = out / "metrics.part"                # what a killed run logged after its last save is not part of it
+            part.write_text("".join(kept))
+            os.replace(part, out / "metrics.jsonl")
+        self.file = open(os.devnull if rank() else out / "metrics.jsonl", "a")
 
     def __enter__(self):
         def stop(*_):
-            if self.stopping:
+            if self.stopping and ranks() == 1:         # torchrun passes on what the terminal has sent already
                 raise KeyboardInterrupt("stopped at once")
             self.stopping = True
-        self.handler = signal.signal(signal.SIGINT, stop)
+        self.handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *_):
-        signal.signal(signal.SIGINT, self.handler)
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
         self.file.close()
 
     def log(self, **line):
@@ -524,11 +666,13 @@ class Session:
                     (part.update if isinstance(part, dict) else part.load_state_dict)(self.saved["parts"][name])
             except (KeyError, TypeError, RuntimeError, ValueError) as error:
                 raise BadInput(f"{self.out / 'last.pt'} belongs to a run of another shape") from error
-            set_random_state(self.saved["random"])
+            if len(self.saved["random"]) != ranks():
+                raise BadInput(f"{self.out / 'last.pt'} was saved by {len(self.saved['random'])} processes: this is {ranks()}")
+            set_random_state(self.saved["random"][rank()])
         else:
             self.gone = 0.0
         self.phase, self.total, self.first, self.start, self.last = phase, total, first, time.time(), time.time()
-        self.bar = tqdm(total=total, initial=first, desc=phase, leave=False) if sys.stderr.isatty() else None
+        self.bar = tqdm(total=total, initial=first, desc=phase, leave=False) if sys.stderr.isatty() and not rank() else None
         try:
             yield from range(first, total)
         finally:
@@ -541,31 +685,36 @@ class Session:
         if self.bar:
             self.bar.set_postfix_str(text, refresh=False)
             self.bar.update()
-        elif last or (i + 1) % max(1, self.total // 10) == 0:
+        elif not rank() and (last or (i + 1) % max(1, self.total // 10) == 0):
             left = (time.time() - self.start) / (i + 1 - self.first) * (self.total - i - 1)
             print(f"{self.phase} {i + 1}/{self.total}: {text}, {left:.0f} s left", file=sys.stderr, flush=True)
-        if last or self.stopping or time.time() - self.last >= self.every:
+        due, self.stopping = agreed(last or self.stopping or time.time() - self.last >= self.every, self.stopping)
+        if due:
             self.last = time.time()
             state = dict(phase=self.phase, iter=i + 1, lines=self.lines, seconds=self.gone + self.last - self.start,
-                         random=random_state(),
+                         random=random_states(),
                          parts={k: part if isinstance(part, dict) else part.state_dict() for k, part in parts.items()})
             write(self.out / "last.pt", state)
         if self.stopping:
             raise KeyboardInterrupt(f"stopped; go on with: python train.py --resume --out={self.out}")
 
 
-def random_state():
-    """Of torch, CUDA, numpy and Python, in types that a checkpoint of plain tensors may hold."""
+def random_states():
+    """Of torch, CUDA, numpy and Python, in types that a checkpoint of plain tensors may hold; one for each process."""
     kind, key, *rest = np.random.get_state()
-    return dict(torch=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    mine = dict(torch=torch.get_rng_state(), cuda=torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
                 numpy=[kind, torch.from_numpy(key.astype(np.int64)), *rest], python=random.getstate())
+    states = [mine] * ranks()
+    if dist.is_initialized():
+        dist.all_gather_object(states, mine)
+    return states
 
 
 def set_random_state(state):
     kind, key, *rest = state["numpy"]
     torch.set_rng_state(state["torch"])
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"])
     np.random.set_state((kind, key.numpy().astype(np.uint32), *rest))
     random.setstate(state["python"])
 
@@ -580,7 +729,10 @@ def set_lr(optimizer, lr):
 
 
 def write(file, what):
-    """torch.save, renamed into place: a kill at any moment leaves the last good file. BadInput where the disk refuses."""
+    """torch.save by the first process, renamed into place: a kill at any moment leaves the last good file. BadInput where the
+    disk refuses."""
+    if rank():
+        return
     part = file.with_suffix(".part")
     try:
         torch.save(what, part)
@@ -629,24 +781,30 @@ RESULTS = ("metrics.jsonl", "oracle.pt", "pretrained.pt", "last.pt", "finetuned.
 def open_folder(flags):
     """The output folder, new, to be overwritten, or to go on with; config.json is in it."""
     out = File(flags.out or f"out/{flags.task}")
-    if (out / "config.json").exists() and not (flags.overwrite or flags.resume):
-        raise BadInput(f"{out} holds another run: choose another --out, go on with --resume, or replace it with --overwrite")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        for old in RESULTS:
-            if not flags.resume:
+    if rank() == 0:
+        if (out / "config.json").exists() and not (flags.overwrite or flags.resume):
+            raise BadInput(f"{out} holds another run: choose another --out, go on with --resume, or replace it with "
+                           "--overwrite")
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            for old in RESULTS if not flags.resume else ():
                 (out / old).unlink(missing_ok=True)
-        if not flags.resume:
-            (out / "config.json").write_text(json.dumps(asdict(flags), indent=2) + "\n")
-    except OSError as error:
-        raise BadInput(f"cannot write to --out={out}: {error.strerror}") from error
+            if not flags.resume:
+                (out / "config.json").write_text(json.dumps(asdict(flags), indent=2) + "\n")
+        except OSError as error:
+            raise BadInput(f"cannot write to --out={out}: {error.strerror}") from error
+    if dist.is_initialized():
+        dist.barrier()
     return out
 
 
 def pick_device(name):
     if name == "cuda" and not torch.cuda.is_available():
         raise BadInput("--device=cuda, but torch sees no CUDA device: use --device=cpu")
-    return torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    return device
 
 
 def nearest(word, words):

@@ -360,3 +360,23 @@ def test_ppo_baseline_is_learnt_across_the_run():
     expected = (R - 8 / 3) / (32 / 3 - 64 / 9) ** 0.5
     assert torch.allclose(sepo.advantages(R, "ppo", baseline), expected, atol=1e-5)
     assert torch.allclose(sepo.advantages(R, "running", baseline), R - 8 / 3, atol=1e-5)
+
+
+@pytest.mark.parametrize("states, events", [("path", 2), ("noised", 1), ("terminal", 1)])
+def test_micro_batches_add_up_to_the_whole(states, events):
+    """Losses and gradients of a view's parts, and those of a replay in chunks."""
+    model, process = network(4, 6), Absorbing(4)
+    torch.manual_seed(30)
+    path, A = process.sample(model, 16, 6), torch.randn(16)
+    view = sepo.draw_view(process, path, states, events)
+    losses = [lambda view: sepo.sepo_loss(process, model, path, A, view=view, consistency=0.2, entropy=0.1)[0]]
+    if states == "path":
+        losses.append(lambda view: sepo.loop_loss(process, model, path, A, view=view)[0])
+    for loss in losses:
+        whole, parts = loss(view), sum(loss(part) for part in view.split(5))
+        assert len(view.split(5)) == -(-16 * events // 5) and torch.allclose(whole, parts, atol=1e-6)
+        assert torch.allclose(flat_gradient(whole, model), flat_gradient(parts, model), atol=1e-6)
+    logp = process.replay(model, path)
+    assert torch.allclose(logp, process.replay(model, path, chunk=7), atol=1e-5)
+    assert torch.allclose(flat_gradient(logp.sum(), model), flat_gradient(process.replay(model, path, chunk=7).sum(), model),
+                          atol=1e-4)

@@ -83,6 +83,8 @@ def test_the_same_seed_gives_the_same_numbers(tiny, tmp_path):
     ["--algo=loop"], ["--algo=loop", "--path_events=2", "--process=uniform"], ["--algo=prdp", "--group=4", "--prompts=2"],
     ["--algo=prdp", "--process=uniform", "--beta_warmup=3"], ["--algo=reinforce", "--conv=3"], ["--kl=loss", "--ref_every=2"],
     ["--process=uniform", "--steps=4"], ["--process=uniform", "--states=terminal", "--schedule=geometric"],
+    ["--micro_batch=3"], ["--micro_batch=5", "--algo=loop"], ["--micro_batch=3", "--algo=prdp", "--process=uniform"],
+    ["--micro_batch=3", "--states=noised"], ["--micro_batch=3", "--algo=loop", "--path_events=2"],
     ["--process=uniform", "--corrector_steps=3", "--corrector_t=0.3", "--path_events=2"]])
 def test_every_choice_runs(extra, tmp_path):
     train.main([f"--out={tmp_path}", *TINY, *extra])
@@ -364,17 +366,21 @@ def test_a_reward_that_raises_stops_with_a_line_and_the_run_goes_on_once_it_is_m
 
 
 def test_updates_that_are_not_finite_are_skipped_counted_and_stop_the_run_when_they_persist():
-    model = torch.nn.Linear(1, 1)
-    guard = train.Guard(model, torch.optim.SGD(model.parameters(), 0.1), 1.0, patience=3)
-    before = model.weight.item()
-    for _ in range(2):
-        guard.step(model(torch.tensor([[float("nan")]])).sum())
-    assert model.weight.item() == before and guard.count == {"skipped": 2, "row": 2}
-    guard.step(model(torch.ones(1, 1)).sum())
-    assert model.weight.item() != before and guard.count == {"skipped": 2, "row": 0}
+    """The weights and Adam's moments are as if they had never been."""
+    model, twin = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    twin.load_state_dict(model.state_dict())
+    guard, other = (train.Guard(m, torch.optim.AdamW(m.parameters(), 0.1, fused=True), 1.0, patience=3) for m in (model, twin))
+    one, nan = torch.ones(1, 1), torch.tensor([[float("nan")]])
+    for x in (one, nan, nan, one, one):
+        guard.step([model(x).sum()])
+    guard.check()
+    for _ in range(3):
+        other.step([twin(one).sum()])
+    assert torch.equal(model.weight, twin.weight) and guard.count == {"skipped": 2, "row": 0}
+    for _ in range(3):
+        guard.step([model(torch.tensor([[float("inf")]])).sum()])
     with pytest.raises(BadInput, match="smaller learning rate"):
-        for _ in range(3):
-            guard.step(model(torch.tensor([[float("inf")]])).sum())
+        guard.check()
 
 
 def test_a_learning_rate_that_blows_up_ends_in_one_line(tmp_path):
@@ -446,6 +452,68 @@ def test_resume_refuses_other_flags_and_empty_folders(tiny, tmp_path):
         assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
     done = command(f"--out={tmp_path / 'none'}", "--resume")
     assert done.returncode == 2 and "holds no run to go on with" in done.stderr and not (tmp_path / "none").exists()
+
+
+# ---- several processes ----------------------------------------------------------------------------------------------------
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+
+
+def torchrun(*args, timeout=120):
+    """Two processes on this machine; a hang is a failure."""
+    return subprocess.run([*TORCHRUN, *map(str, args)], capture_output=True, text=True, timeout=timeout)
+
+
+def test_two_processes_learn_what_one_does_with_the_whole_batch(tmp_path):
+    assert command(tmp_path / "one.pt", script="tests/ranks.py").returncode == 0
+    done = torchrun(ROOT / "tests/ranks.py", tmp_path / "two.pt")
+    assert done.returncode == 0, done.stderr
+    one, two = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("one", "two"))
+    assert torch.equal(one["rewards"], two["rewards"]) and one["losses"] == pytest.approx(two["losses"], abs=1e-5)
+    start = network(4, 6).state_dict()
+    for name in one["model"]:
+        assert torch.allclose(one["model"][name], two["model"][name], atol=1e-5)
+    assert any((one["model"][name] - start[name]).abs().max() > 1e-3 for name in start)
+
+
+def test_a_run_of_two_processes_goes_on_to_the_same_numbers(tmp_path):
+    """Stopped by SIGTERM, as a cluster does it; the rewards of both are counted, and nothing is written twice."""
+    args = [*TINY, "--prompts=2", "--pretrain_batch=64", "--advantage=ppo", "--save_every=0"]
+    assert torchrun(ROOT / "train.py", f"--out={tmp_path / 'whole'}", *args).returncode == 0
+    lines = numbers(tmp_path / "whole")
+    assert [line["queries"] for line in lines[1:]] == [16 * i for i in range(1, 7)]
+    shutil.copytree(tmp_path / "whole", tmp_path / "part")
+    last = torch.load(tmp_path / "part" / "last.pt", weights_only=True)
+    assert len(last["random"]) == 2 and not torch.equal(last["random"][0]["torch"], last["random"][1]["torch"])
+    out = tmp_path / "stopped"
+    process = subprocess.Popen([*TORCHRUN, ROOT / "train.py", f"--out={out}", *args], stderr=subprocess.PIPE, text=True)
+    deadline = time.time() + 100
+    while time.time() < deadline and not (out / "last.pt").exists():
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=100)
+    done = torchrun(ROOT / "train.py", f"--out={out}", "--resume")
+    assert done.returncode == 0, done.stderr
+    assert numbers(out) == lines
+    a, b = weights(out), weights(tmp_path / "whole")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    done = command(f"--out={out}", "--resume")
+    assert done.returncode == 2 and "was saved by 2 processes: this is 1" in done.stderr
+
+
+def test_a_process_that_dies_ends_the_run(tmp_path):
+    (tmp_path / "own.py").write_text("import os, time\nstart = time.time()\ndef score(samples):\n"
+                                     "    if os.environ['RANK'] == '1' and len(samples) > 2:\n        os._exit(3)\n"
+                                     "    return [0.0] * len(samples)\n")
+    done = torchrun(ROOT / "train.py", f"--out={tmp_path / 'run'}", *TINY, "--prompts=2",
+                    f"--reward={tmp_path / 'own.py'}:score")
+    assert done.returncode != 0 and "exitcode  : 3" in done.stderr
+
+
+def test_prompts_must_be_shared_out_evenly(tmp_path):
+    done = torchrun(ROOT / "train.py", f"--out={tmp_path / 'run'}", *TINY, "--prompts=3")
+    assert done.returncode != 0 and "--prompts=3: 2 processes share it: a multiple of 2 is needed" in done.stderr
+    assert not (tmp_path / "run").exists()
 
 
 # ---- checkpoints --------------------------------------------------------------------------------------------------------
