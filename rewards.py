@@ -12,6 +12,7 @@ from pathlib import Path as File
 from pydoc_data import topics
 from typing import Callable
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -28,7 +29,7 @@ class Task:
     length: int                         # L
     data: Callable                      # (n, generator) -> clean sequences, long [n, L]; of a file, all there are
     reward: Callable                    # tokens [B, L] -> float [B]; a black box: no gradient, no batch effects
-    prompt: Callable | None = None      # clean [n, L] -> the same, the mask V where a slot is free; None: all are
+    given: Callable | None = None       # clean [n, L] -> bool [n, L]: the slots that a prompt gives; None: no prompts
     held: Callable | None = None        # as data, of sequences that data never gives: to test on
     measure: Callable | None = None     # data [n, L] -> (tokens [B, L], rewards [B]) -> {column of the report: number}
     oracle: nn.Module | None = None     # a network in the reward: a run calls its fit(data) once, and saves it
@@ -43,7 +44,11 @@ class Task:
     @property
     def enumerable(self):
         """Small enough for exact laws, which walk every partly masked sequence."""
-        return self.prompt is None and (self.vocab_size + 1) ** self.length <= 100_000
+        return self.given is None and (self.vocab_size + 1) ** self.length <= 100_000
+
+    def prompts(self, x):
+        """Clean sequences [n, L] -> their prompts, the mask V where a slot is free; None where the task has none."""
+        return None if self.given is None else x.where(self.given(x), self.vocab_size)
 
     @property
     def blank(self):
@@ -59,8 +64,9 @@ class Task:
         """Strings of one length -> [B, L]; `blank` is the mask."""
         for s in strings:
             self.check(s, repr(s), self.blank)
-        index = {c: v for v, c in enumerate(self.alphabet + self.blank)}
-        return torch.tensor([[index[c] for c in s] for s in strings])
+        index = {ord(c): v for v, c in enumerate(self.alphabet + self.blank)}
+        codes = [np.frombuffer(s.translate(index).encode("utf-32-le"), np.int32).copy() for s in strings]
+        return torch.from_numpy(np.stack(codes)).long()
 
     def check(self, string, where, also=""):
         """BadInput if a letter of the string is not of the alphabet, nor `also`."""
@@ -127,21 +133,25 @@ def split(draw, side=held_out):
 
 
 def windows(texts, length):
-    """Texts [m] of tokens -> (data, held): windows [n, length] at random places; held ones lie in the last twentieth of a text
-    that is long enough, and overlap no other."""
-    sides, begin = ([], []), 0
-    for x in texts:
-        last = len(x) // 20 if len(x) // 20 >= length else 0
-        first, begin = torch.arange(begin, begin + len(x) - length + 1), begin + len(x)
-        sides[0].append(first[:len(x) - last - length + 1])
-        sides[1].append(first[len(x) - last:])
-    flat, (starts, late) = torch.cat(texts), map(torch.cat, sides)
+    """Texts of tokens -> (data, held): windows [n, length] at random places, which overlap none of the other side. Held out is
+    the last twentieth of every text that is long enough; where none is, one text in twenty."""
+    size = torch.tensor([len(x) for x in texts])
+    begin, late = size.cumsum(0) - size, torch.where(size // 20 >= length, size // 20, 0)            # late: letters held out
+    if not late.any():
+        late = size * (torch.arange(len(texts)) % 20 == 19)
+    flat, step = torch.cat(texts), torch.arange(length)
 
-    def cut_from(starts, n, generator):
-        chosen = starts[torch.randint(len(starts), (n,), generator=generator)]
-        return flat[chosen[:, None] + torch.arange(length)]
-    return (lambda n, generator=None: cut_from(starts, n, generator),
-            (lambda n, generator=None: cut_from(late, n, generator)) if len(late) else None)
+    def cut(begin, size):
+        """Windows of the texts that lie at `begin` and have `size` letters."""
+        last = (size - length + 1).clamp(min=0).cumsum(0)                            # windows up to and with each text
+
+        def draw(n, generator=None):
+            u = torch.randint(int(last[-1]), (n,), generator=generator)
+            text = torch.searchsorted(last, u, right=True)
+            start = begin[text] + size[text] - length - (last[text] - 1 - u)
+            return flat[start[:, None] + step].long()
+        return draw if len(last) and last[-1] > 0 else None
+    return cut(begin, size - late), cut(begin + size - late, late)
 
 
 # ---- the user's own data and reward -------------------------------------------------------------------------------------
@@ -155,26 +165,30 @@ def open_task(name, length=0, data="", pad="", crop=False, reward=""):
         raise BadInput(f"--{'pad' if pad else 'crop'} is for sequences from a file: give --data too")
     if len(pad) > 1 or not pad.isprintable():
         raise BadInput(f"--pad={pad}: one letter is needed")
+    if pad and pad in task.alphabet and not task.running:
+        raise BadInput(f"--pad={pad} is a letter of --task={name}: choose another")
     if length != task.length and task.variant is None:
         raise BadInput(f"--length={length}: --task={name} has {task.length} slots")
     sequences = read_sequences(data, task.running and not pad) if data else []
     if task.variant:
-        task = task.variant(length, "\n".join(letters for _, letters in sequences) or None)
+        task = task.variant(length, "\n".join(letters for _, letters in sequences) if data and task.running else None)
     if data:
+        if task.alphabet.isupper():                    # a genome's lower case marks repeats
+            sequences = [(where, letters.upper()) for where, letters in sequences]
         task = replace(task, alphabet=task.alphabet + pad * (pad not in task.alphabet))
         train, held = from_file(task, sequences, pad, crop or (task.running and len(sequences) == 1))
         task = replace(task, data=train, held=held)
     if reward:
         score = load_function(reward)
         task = replace(task, oracle=None, measure=None,
-                       reward=lambda tokens: score([s.rstrip(pad) if pad else s for s in task.decode(tokens)]))
+                       reward=lambda tokens: score([s.replace(pad, "") if pad else s for s in task.decode(tokens)]))
     return task
 
 
 def read_sequences(file, running=False):
     """A file of one sequence a line, or FASTA, or (running) one text; gzip too -> [(letters' place, letters)]."""
     try:
-        with (gzip.open if file.endswith(".gz") else open)(file, "rt", encoding="utf-8") as f:
+        with (gzip.open if file.endswith(".gz") else open)(file, "rt", encoding="utf-8-sig") as f:
             lines = [line.strip() for line in f]
     except UnicodeDecodeError:
         raise BadInput(f"--data={file} is not text") from None
@@ -196,7 +210,6 @@ def from_file(task, sequences, pad, crop):
     """-> (data, held) as Task has them: whole sequences, short ones filled with `pad`; or windows of them (crop)."""
     L, rows = task.length, []
     for where, letters in sequences:
-        letters = letters.upper() if task.alphabet.isupper() else letters      # a genome's lower case marks repeats
         if not letters:
             raise BadInput(f"{where} is empty")
         task.check(letters, where)
@@ -206,11 +219,11 @@ def from_file(task, sequences, pad, crop):
         if len(letters) > L and not crop:
             raise BadInput(f"{where} has {len(letters)} letters, --task={task.name} {L} slots: cut windows with --crop, or "
                            f"choose --length={len(letters)}")
-        rows.append(task.encode([letters.ljust(L, pad or " ")])[0])
+        rows.append(task.encode([letters.ljust(L, pad or " ")])[0].to(torch.uint8 if task.vocab_size < 256 else torch.int32))
     if crop:
         return windows(rows, L)
-    x = torch.stack(rows)
-    side = held_out(x)
+    x = torch.stack(rows).long()
+    side = held_out(x if task.given is None else x.where(task.given(x), 0))          # by prompt, where there are prompts
     if len(x) < 20 or side.all() or not side.any():    # too few to spare any
         return lambda n, generator=None: x, None
     return lambda n, generator=None: x[~side], lambda n, generator=None: x[side][:n]
@@ -228,7 +241,7 @@ def load_function(name):
     module = sys.modules["own_reward"] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise BadInput(f"--reward={name}: {file} raised {said(error)}") from error
     if not callable(getattr(module, function, None)):
         raise BadInput(f"--reward={name}: {file} has no function {function}")
@@ -306,13 +319,15 @@ def sites_in(tokens):
         back[k, :n] = sites[k, :n].flip(0, 1)
     x = (tokens[:, None] == torch.arange(4, device=tokens.device)[:, None]).float()                  # [B, 4, L]
     match = F.conv1d(F.pad(x, (0, sites.size(1) - 1)), torch.cat((sites, back)).transpose(1, 2).to(x))
-    forth, back = (match == torch.cat((size, size)).to(x)[:, None]).chunk(2, dim=1)
+    forth, back = (match.round() == torch.cat((size, size)).to(x)[:, None]).chunk(2, dim=1)
     return forth | back
 
 
 def activity(tokens):
     """The true activity that no reward sees: tokens [B, L] -> [B]. Sites of one factor saturate, a synergic pair adds 1, and
     each site of the repressor halves the whole."""
+    if len(tokens) > 8192:                             # memory: 16 patterns at every letter
+        return torch.cat([activity(part) for part in tokens.split(8192)])
     hit, names = sites_in(tokens), list(FACTORS)
     count = hit.sum(dim=2).float()                                                   # [B, S]
     total = (1 - 0.5 ** count) @ torch.tensor([weight for _, weight in FACTORS.values()]).to(count)
@@ -388,7 +403,7 @@ class Oracle(nn.Module):
     def fit(self, data, epochs=15, batch=64, lr=5e-3):
         """Least squares on noisy measurements of the first half of data [n, L], read from either strand; always the same."""
         self.train()
-        with torch.random.fork_rng(), torch.enable_grad():
+        with torch.random.fork_rng([data.device] if data.is_cuda else []), torch.enable_grad():
             torch.manual_seed(0)
             for module in self.modules():
                 if hasattr(module, "reset_parameters"):
@@ -418,6 +433,7 @@ def triplets_of(tokens):
 
 def dna_measure(data):
     """Beside the reward: the truth, the share of it above the data's best, and whether sequences still look like those."""
+    data = data[:100_000]
     truth = activity(data)
     best = truth.quantile(0.99)
     top = triplets_of(data[truth.topk(-(-len(data) // 100)).indices])
@@ -431,7 +447,9 @@ def dna_measure(data):
 
 
 def dna(length=50, text=None):
-    with torch.random.fork_rng():
+    if length < 3:
+        raise BadInput(f"--length={length}: --task=dna needs 3 slots or more, for its 3-mers")
+    with torch.random.fork_rng(devices=[]):
         oracle = Oracle()
     data, held = split(lambda n, generator: dna_data(n, generator, length))
 
@@ -439,8 +457,8 @@ def dna(length=50, text=None):
     def reward(tokens):
         return oracle.eval().to(tokens.device)(tokens)
     return Task("dna", "ACGT", length, data, reward, held=held, measure=dna_measure, oracle=oracle, variant=dna,
-                flags=dict(n_layer=2, n_embd=64, conv=13, pretrain_iters=2500, pretrain_lr=3e-3, steps=20, lr=5e-4, beta=0.02,
-                           eval_every=5))
+                flags=dict(n_layer=2, n_embd=64, conv=13, pretrain_iters=2500, pretrain_lr=3e-3, steps=20, beta=0.02,
+                           iters=300, eval_every=5))
 
 
 # ---- arithmetic: a prompt, and an answer that can be verified -----------------------------------------------------------
@@ -469,7 +487,7 @@ def is_true(tokens):
 def arithmetic():
     data, held = split(sums, lambda x: held_out(x[:, :6]))                           # by prompt, not by answer
     return Task("arithmetic", "0123456789+=", 9, data, is_true, held=held,
-                prompt=lambda x: torch.cat((x[:, :6], torch.full_like(x[:, 6:], 12)), dim=1),
+                given=lambda x: (torch.arange(9, device=x.device) < 6).expand_as(x),
                 flags=dict(n_layer=3, pretrain_iters=3000, pretrain_batch=256, pretrain_lr=1e-3, data_size=200000, prompts=16,
                            group=16, updates=8, lr=3e-4, iters=120))
 
@@ -509,7 +527,7 @@ def text(length=48, text_of=None):
     task = Task("text", alphabet, length, None, lambda tokens: torch.tensor([score(s) for s in task.decode(tokens)]),
                 measure=measure, variant=text, running=True,
                 flags=dict(n_layer=2, n_embd=96, conv=7, dropout=0.1, pretrain_iters=2500, pretrain_lr=3e-3, data_size=100000,
-                           updates=8, lr=5e-4, beta=0.02, iters=100, eval_every=5))
+                           beta=0.02, iters=60, eval_every=5))
     if text_of is None:
         task.data, task.held = windows([task.encode([whole])[0]], length)
     return task

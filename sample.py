@@ -50,17 +50,19 @@ def main(argv=None):
         restore(folder / "oracle.pt", task.oracle)
 
     def draw(name, n):
-        """n samples of one of the run's models -> (the paths, tokens [n, L], rewards [n])."""
+        """n samples of one of the run's models -> (the first batch's path, tokens [n, L], rewards [n])."""
         load(folder / f"{name}.pt", task, process, model)
         model.eval()
         torch.manual_seed(options.seed)
-        paths = []
+        first, tokens, rewards = None, [], []
         for size in [options.batch] * (n // options.batch) + [n % options.batch] * (n % options.batch > 0):
             given = None if prompts is None else prompts[torch.arange(size) % len(prompts)]
-            paths.append(process.sample(model, size, task.length, flags.steps or None, given, None,
-                                        options.corrector_steps, options.corrector_t))
-        tokens = torch.cat([path.tokens for path in paths])
-        return paths, tokens, ask(task, tokens)
+            path = process.sample(model, size, task.length, flags.steps or None, given, None, options.corrector_steps,
+                                  options.corrector_t)
+            first = first or path
+            tokens.append(path.tokens)
+            rewards.append(ask(task, path.tokens))
+        return first, torch.cat(tokens), torch.cat(rewards)
 
     both = ("pretrained", "finetuned")
     if options.plot:
@@ -68,9 +70,9 @@ def main(argv=None):
     if options.compare:
         return emit(options, side_by_side(task, {name: draw(name, options.n)[1:] for name in both}))
     name = options.which if options.which != "newest" else newest(folder)
-    paths, tokens, rewards = draw(name, options.n)
+    path, tokens, rewards = draw(name, options.n)
     if options.movie:
-        movie(task, paths[0], options.movie)
+        movie(task, path, options.movie)
     print(f"{folder}/{name}.pt: {len(tokens)} samples, {len(tokens.unique(dim=0))} distinct, mean reward "
           f"{rewards.mean().item():.3f}", file=sys.stderr)
     emit(options, written(options.format, task.decode(tokens), rewards.tolist()))      # last: its reader may leave early
@@ -94,7 +96,7 @@ def run_flags(options):
         raise BadInput(f"--run={folder} holds no run of train.py") from None
     if flags.task not in TASKS:
         raise BadInput(f"--run={folder}: its task {flags.task!r} is not in rewards.TASKS")
-    flags.cuda_graph = False           # another machine may have no such device, and a few samples gain nothing
+    flags.cuda_graph = flags.compile = False   # another machine may have neither, and a few samples gain nothing
     if options.steps >= 0:
         flags.steps = options.steps
     return flags
@@ -111,7 +113,7 @@ def read_prompts(task, options):
     """--prompt, or else the task's held-out prompts -> tokens [m, L], the mask where a slot is free; None for no prompt."""
     text = options.prompt
     if not text:
-        return task.prompt(held_data(task, min(options.n, options.batch), options.seed)) if task.prompt else None
+        return task.prompts(held_data(task, min(options.n, options.batch), options.seed)) if task.given else None
     if len(text) != task.length:
         raise BadInput(f"--prompt={text} has {len(text)} letters: {task.name} has {task.length} slots ({task.blank} where one "
                        "is free)")

@@ -122,8 +122,6 @@ def main(argv=None):
     """The whole run; returns the report's dict. Raises BadInput for anything that the user can mend."""
     flags = parse_flags(sys.argv[1:] if argv is None else argv)
     task = open_task(flags.task, flags.length, flags.data, flags.pad, flags.crop, flags.reward)
-    if task.enumerable and flags.time_conditioning and not flags.steps and flags.process == "absorb":
-        raise BadInput("an exact evaluation of a time-conditioned model needs a grid: add --steps=16")
     torch.manual_seed(flags.seed)
     np.random.seed(flags.seed)
     random.seed(flags.seed)
@@ -131,6 +129,8 @@ def main(argv=None):
     model, process = build(flags, task, device)        # the same weights in every process ...
     if flags.init:
         load(flags.init, task, process, model)
+    if task.enumerable and flags.time_conditioning and not flags.steps and flags.process == "absorb":
+        raise BadInput("an exact evaluation of a time-conditioned model needs a grid: add --steps=16")
     data = task.data(flags.data_size, torch.Generator().manual_seed(flags.seed)).to(device)          # [n, L]
     if task.oracle is None:
         ask(task, data[:2])                            # a reward that fails had better fail now
@@ -206,18 +206,21 @@ def build(flags, task, device):
 
 def compiled(flags, model):
     """The model, its blocks compiled where --compile asks for it; a deep copy loses that."""
+    if flags.compile:
+        torch._dynamo.config.recompile_limit = 64      # blocks share their code: with and without gradients, slots, one row
     for block in model.blocks if flags.compile else []:
         block.compile(dynamic=True)                    # rows and slots shrink from pass to pass
     return model
 
 
 def learn_oracle(out, task, data, resume):
-    """The network in the reward: fitted once a run, and saved with it."""
-    if resume and (out / "oracle.pt").exists():
-        restore(out / "oracle.pt", task.oracle)
-    else:
+    """The network in the reward: fitted once a run, by the first process, and saved with the run."""
+    if rank() == 0 and not (resume and (out / "oracle.pt").exists()):
         task.oracle.fit(data)
         write(out / "oracle.pt", dict(model=task.oracle.state_dict()))
+    if dist.is_initialized():
+        dist.barrier()
+    restore(out / "oracle.pt", task.oracle)
 
 
 def pretrain(flags, task, process, model, data, session, clock):
@@ -226,7 +229,7 @@ def pretrain(flags, task, process, model, data, session, clock):
     held = held_data(task, 256, flags.seed).to(device) if task.held else None
 
     def loss_of(x0):
-        return process.loss(model, x0, given=None if task.prompt is None else task.prompt(x0) < task.vocab_size)
+        return process.loss(model, x0, given=None if task.given is None else task.given(x0))
     optimizer = torch.optim.AdamW(model.parameters(), flags.pretrain_lr, weight_decay=0.01, fused=True)
     guard, window, text = Guard(model, optimizer, flags.grad_clip), dict(total=torch.zeros(()), n=0), "warming up"
     clock("start")
@@ -266,8 +269,8 @@ def finetune(flags, task, process, model, reference, data, watch, session, clock
 
         # rollout: tokens, and the log-probability of every transition as it was drawn
         prompt = None
-        if task.prompt:
-            prompt = task.prompt(data[torch.randint(len(data), (flags.prompts,), device=data.device)])
+        if task.given:
+            prompt = task.prompts(data[torch.randint(len(data), (flags.prompts,), device=data.device)])
             prompt = prompt.repeat_interleave(flags.group, 0)                        # [P * G, L]
         clock("other")
         path = process.sample(model, flags.prompts * flags.group, task.length, flags.steps or None, prompt, None,
@@ -374,13 +377,14 @@ class Watch:
     def __init__(self, flags, task, process, data):
         self.task, self.process, self.steps = task, process, flags.steps or None
         self.measure = task.measure(data) if task.measure else None
-        self.prompts = task.prompt(held_data(task, 256, flags.seed)).to(data.device) if task.prompt else None
+        self.prompts = task.prompts(held_data(task, 256, flags.seed).to(data.device))
 
     def __call__(self, model, path, reward):
         seen = self.measure(path.tokens, reward) if self.measure else {}
         if self.prompts is not None:
             path = self.process.sample(model, len(self.prompts), self.task.length, self.steps, self.prompts)
-            seen["reward, held-out prompts"] = ask(self.task, path.tokens).mean().item()
+            name = "reward, held-out prompts" if self.task.held else "reward, prompts"
+            seen[name] = ask(self.task, path.tokens).mean().item()
         return {"watch": seen} if seen else {}
 
 
@@ -395,7 +399,7 @@ def report(flags, task, process, models, reference, exact, data, n=1000):
     """Print what was learnt as a table, and some samples; return its rows. With prompts, all of it is on held-out ones. Where
     laws are not known, the held-out data and the best of several samples of the pre-trained model stand beside the models."""
     held = held_data(task, n, flags.seed).to(data.device)
-    prompts = task.prompt(held) if task.prompt else None
+    prompts = task.prompts(held)
     n = n if prompts is None else len(held)
 
     def draw(model, count, prompts, kl=True):
@@ -426,7 +430,7 @@ def report(flags, task, process, models, reference, exact, data, n=1000):
             row |= {"reward": truth["exact_reward"], "KL (nats)": truth["exact_kl"],
                     "share of optimum": truth["share_of_optimum"]}
         else:
-            given = None if prompts is None else prompts[:len(tokens)] < task.vocab_size
+            given = None if prompts is None else task.given(tokens)
             row["bound (nats)"] = process.bound(reference, tokens, 8, given=given)[0].mean().item()
         rows[name] = row | (measure(tokens, reward) if measure else {})
     columns = list(rows["fine-tuned"])
@@ -529,7 +533,7 @@ class Clock:
     """Seconds by what they went into, and the states that went through the network, a backward pass counting two. On CUDA a
     phase ends when the device has done what it was asked for: one synchronisation a phase, none within."""
 
-    PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40": 181e12, "4090": 165e12}    # bfloat16 FLOP/s, dense
+    PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "4090": 165e12}                   # bfloat16 FLOP/s, dense
 
     def __init__(self, device):
         self.device, self.last, self.spent = device, time.perf_counter(), {}
@@ -619,8 +623,8 @@ def gathered(rows):
 
 class Session:
     """A run as it goes by: metrics.jsonl, progress on standard error, and last.pt, from which --resume goes on to the same
-    numbers. The first Ctrl-C (or SIGTERM) lets the update finish and saves; a second one stops at once. Of several processes
-    the first writes."""
+    numbers. The first Ctrl-C (or SIGTERM) lets the update finish and saves; a second one stops a single process at once. Of
+    several processes the first writes."""
 
     def __init__(self, out, flags):
         self.out, self.every, self.stopping, self.saved = out, flags.save_every, False, None
@@ -688,14 +692,14 @@ class Session:
         elif not rank() and (last or (i + 1) % max(1, self.total // 10) == 0):
             left = (time.time() - self.start) / (i + 1 - self.first) * (self.total - i - 1)
             print(f"{self.phase} {i + 1}/{self.total}: {text}, {left:.0f} s left", file=sys.stderr, flush=True)
-        due, self.stopping = agreed(last or self.stopping or time.time() - self.last >= self.every, self.stopping)
+        due, stop = agreed(last or self.stopping or time.time() - self.last >= self.every, self.stopping)
         if due:
             self.last = time.time()
             state = dict(phase=self.phase, iter=i + 1, lines=self.lines, seconds=self.gone + self.last - self.start,
                          random=random_states(),
                          parts={k: part if isinstance(part, dict) else part.state_dict() for k, part in parts.items()})
             write(self.out / "last.pt", state)
-        if self.stopping:
+        if stop:
             raise KeyboardInterrupt(f"stopped; go on with: python train.py --resume --out={self.out}")
 
 
@@ -770,7 +774,7 @@ def restore(file, network):
     saved = read(file)
     try:
         network.load_state_dict(saved["model"])
-    except (KeyError, TypeError, RuntimeError) as error:
+    except (KeyError, IndexError, TypeError, RuntimeError) as error:
         raise BadInput(f"{file} holds a model of another shape") from error
     return saved
 
@@ -803,7 +807,10 @@ def pick_device(name):
         raise BadInput("--device=cuda, but torch sees no CUDA device: use --device=cpu")
     device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        if local >= torch.cuda.device_count():
+            raise BadInput(f"more processes than the {torch.cuda.device_count()} cards here: fewer, or --device=cpu")
+        torch.cuda.set_device(local)
     return device
 
 
@@ -843,6 +850,7 @@ def parse_flags(argv):
     line says; a resumed run has its own flags."""
     special = {task.name: task.flags for task in TASKS.values()} | CHAINS | ALGOS
     values = parse(argv, Flags, __doc__, special)
+    values |= {name: os.path.abspath(values[name]) for name in ("data", "reward", "init") if values.get(name)}
     task, process, algo = (values.get(name, getattr(Flags, name)) for name in ("task", "process", "algo"))
     if not values.get("resume"):
         return Flags(**special[task] | special[process] | special[algo] | values | size_of(values))
@@ -856,6 +864,8 @@ def parse_flags(argv):
     for name, value in values.items():
         if name not in ("resume", "out", "save_every") and getattr(flags, name) != value:
             raise BadInput(f"--{name}={value}: the run in {out} has {getattr(flags, name)}; --resume goes on with it as it is")
+    if flags.init and (out / "pretrained.pt").exists():
+        flags.init = str(out / "pretrained.pt")        # its copy; the original may be gone
     return replace(flags, resume=True, overwrite=False, out=str(out), save_every=values.get("save_every", flags.save_every))
 
 
@@ -863,10 +873,16 @@ def size_of(values):
     """The flags of the network's size as the checkpoint --init has them."""
     if not values.get("init"):
         return {}
-    names = ("n_layer", "n_head", "n_embd", "conv", "time_conditioning", "length")
-    saved = read(File(values["init"])).get("config")
+    names, file = ("n_layer", "n_head", "n_embd", "conv", "time_conditioning", "length"), File(values["init"])
+    saved = read(file)
+    saved = saved.get("config") if isinstance(saved, dict) else None
     if not isinstance(saved, dict) or not saved.keys() >= set(names):
-        raise BadInput(f"--init={values['init']} is no model of train.py")
+        raise BadInput(f"--init={file} is no model of train.py")
+    if file.parent == File(values.get("out") or f"out/{values.get('task', Flags.task)}").resolve():
+        raise BadInput(f"--init={file} lies in the folder that this run would write: choose another --out")
+    for name in values:
+        if name.startswith("pretrain"):
+            raise BadInput(f"--{name}: --init skips pre-training")
     for name in names:
         if values.get(name, saved[name]) != saved[name]:
             raise BadInput(f"--{name}={values[name]}: the model of --init has {saved[name]}")

@@ -3,6 +3,7 @@
     python tests/dna.py                                # the default size, seed 0, two runs at a time
     python tests/dna.py --length=200 --steps=128 ...   # further flags go to every run of train.py, pre-training included
 
+Write flags as --name=value. Runs that --out holds already are not repeated: delete it first if flags have changed.
 The reward is an oracle that has seen noisy measurements; the truth, which no run sees, is in the table beside it.
 """
 import argparse
@@ -20,12 +21,14 @@ VARIANTS = {
     "sepo, terminal": ["--states=terminal"],
     "sepo, path, corrector": ["--corrector_steps=20"],
     "sepo, path, no KL": ["--beta=0"],
-    "loop": ["--algo=loop"],
-    "prdp": ["--algo=prdp"],
+    "loop": ["--algo=loop", "--updates=4", "--path_events=5"],     # all 20 events in 8 updates would cost 7 times as much
+    "prdp": ["--algo=prdp", "--updates=1"],
 }
 
 
 def train(folder, *flags, threads=1):
+    if (folder / "report.json").exists():              # of an earlier call
+        return json.loads((folder / "report.json").read_text())
     subprocess.run([sys.executable, "train.py", "--task=dna", f"--out={folder.resolve()}", "--overwrite", *flags], cwd=ROOT,
                    check=True, env={**os.environ, "OMP_NUM_THREADS": str(threads)}, stdout=subprocess.DEVNULL)
     print(f"{folder.name}: done", file=sys.stderr, flush=True)

@@ -108,9 +108,9 @@ def test_train_and_held_out_are_disjoint(name):
     task = TASKS[name]
     train, held = task.data(20_000, torch.Generator().manual_seed(0)), task.held(2000, torch.Generator().manual_seed(1))
     assert train.shape == (20_000, task.length) and held.shape == (2000, task.length)
-    train, held = (set(task.decode(task.prompt(x) if task.prompt else x)) for x in (train, held))
+    train, held = (set(task.decode(task.prompts(x) if task.given else x)) for x in (train, held))
     assert not train & held
-    if task.prompt:
+    if task.given:
         assert 7500 > len(train) > 6500 and 350 < len(held) < 500                    # of 8,100 prompts, a twentieth held out
 
 
@@ -260,7 +260,7 @@ def test_half_of_the_answers_are_wrong_in_one_digit():
 def test_the_prompt_is_the_sum_and_the_reward_is_for_the_truth_alone():
     task = TASKS["arithmetic"]
     x = task.encode(["12+34=046", "12+34=047", "99+99=198", "99+99=199", "12=34+046"])
-    assert task.decode(task.prompt(x[:1])) == ["12+34=___"]
+    assert task.decode(task.prompts(x[:1])) == ["12+34=___"]
     assert ask(task, x).tolist() == [1, 0, 1, 0, 0]
 
 
@@ -315,6 +315,7 @@ def test_a_sequence_a_line(tmp_path, name):
 def test_fasta_with_lines_that_go_on(tmp_path):
     task = open_task("dna", 6, write(tmp_path, ">one of two\nACG\nTTT\n>two\nGGGccc\n", "x.fa.gz"))
     assert rows(task) == (["ACGTTT", "GGGCCC"], [])
+    assert rows(open_task("dna", 6, write(tmp_path, b"\xef\xbb\xbf>marked\nACGTTT\n", "x.fa"))) == (["ACGTTT"], [])
 
 
 def test_padding_adds_a_letter_and_the_reward_does_not_see_it(tmp_path):
@@ -335,6 +336,23 @@ def test_cropping_takes_windows(tmp_path):
     task = open_task("dna", 10, write(tmp_path, f"{long}\nACGTACGTAC\n"), crop=True)
     train, held = rows(task, 5000)
     assert all(s in long[:380] or s == "ACGTACGTAC" for s in train) and all(s in long[380:] for s in held)
+
+
+def test_cropping_holds_out_whole_sequences_where_none_is_long(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    lines = ["".join("ACGT"[v] for v in torch.randint(4, (30 + i % 7,), generator=generator)) for i in range(100)]
+    task = open_task("dna", 12, write(tmp_path, "\n".join(lines).lower()), crop=True)
+    train, held = rows(task, 5000)
+    origin = [{i for i, line in enumerate(lines) for s in part if s in line} for part in (set(train), set(held))]
+    assert origin[1] == {19, 39, 59, 79, 99} and origin[0] == set(range(100)) - origin[1]
+
+
+def test_a_file_of_sums_is_held_out_by_prompt_and_may_be_padded(tmp_path):
+    lines = [f"{a}+{b}={c:03}" for a in range(10, 40) for b in (11, 57) for c in (a + b, a + b + 1)]
+    task = open_task("arithmetic", 0, write(tmp_path, "\n".join(lines)), "-")
+    train, held = (task.decode(task.prompts(x)) for x in (task.data(1000), task.held(1000)))
+    assert held and not set(train) & set(held) and len(train) + len(held) == 120
+    assert all(s.endswith("=___") for s in train) and task.vocab_size == 13
 
 
 def test_a_text_brings_its_own_alphabet_and_words(tmp_path):
@@ -359,7 +377,7 @@ def test_text_with_a_pad_is_a_sequence_a_line(tmp_path):
     ("ACGT\nA_GT\n", {}, "'_' at position 2 of .*data.txt line 2 is not in"),
     (">x\nAC\nXT\n", {}, "'X' at position 3 of .*data.txt line 1 is not in"),
     ("", {}, "data.txt is empty"), ("\n \n", {}, "data.txt is empty"), (b"\xff\xfe\x00A", {}, "data.txt is not text"),
-    ("ACGT", dict(pad="--"), "--pad=--: one letter is needed"),
+    ("ACGT", dict(pad="--"), "--pad=--: one letter is needed"), ("ACGT", dict(pad="A"), "--pad=A is a letter of --task=dna"),
 ])
 def test_files_that_cannot_be_used_get_a_line(content, more, message, tmp_path):
     with pytest.raises(BadInput, match=message):
@@ -378,6 +396,8 @@ def test_missing_and_torn_files_and_flags_that_need_one(tmp_path):
             open_task("dna", **more)
     with pytest.raises(BadInput, match="--length=7: --task=toy has 6 slots"):
         open_task("toy", 7)
+    with pytest.raises(BadInput, match="--length=2: --task=dna needs 3 slots"):
+        open_task("dna", 2)
     with pytest.raises(BadInput, match="data.txt has 5 letters, --task=text 48 slots"):
         open_task("text", 0, write(tmp_path, "short"))
 
@@ -398,7 +418,7 @@ def test_a_reward_from_a_file_may_import_its_neighbours(tmp_path):
     ("", "other.py:score", "other.py does not exist"), ("x = 1", "own.py:score", "own.py has no function score"),
     ("score = 1", "own.py:score", "has no function score"), ("1 / 0", "own.py:score", "raised ZeroDivisionError"),
     ("import nowhere", "own.py:score", "raised ModuleNotFoundError: No module named 'nowhere'"),
-    ("def score(s) return 1", "own.py:score", "raised SyntaxError"),
+    ("def score(s) return 1", "own.py:score", "raised SyntaxError"), ("import sys; sys.exit(1)", "own.py:score", "SystemExit"),
 ])
 def test_reward_files_that_cannot_be_used_get_a_line(code, name, message, tmp_path):
     (tmp_path / "own.py").write_text(code)
