@@ -527,7 +527,7 @@ def text(length=48, text_of=None):
     task = Task("text", alphabet, length, None, lambda tokens: torch.tensor([score(s) for s in task.decode(tokens)]),
                 measure=measure, variant=text, running=True,
                 flags=dict(n_layer=2, n_embd=96, conv=7, dropout=0.1, pretrain_iters=2500, pretrain_lr=3e-3, data_size=100000,
-                           beta=0.02, iters=60, eval_every=5))
+                           lr=2e-4, clip=0.2, updates=8, path_events=2, beta=0.01, iters=80, eval_every=5))
     if text_of is None:
         task.data, task.held = windows([task.encode([whole])[0]], length)
     return task

@@ -113,6 +113,7 @@ class Flags:
     grad_clip: float = flag(1.0, "largest norm of a gradient", low=1e-6)
     # reporting
     eval_every: int = flag(10, "rollouts between evaluations: exact ones (enumerable tasks), or the task's own", low=1)
+    report_samples: int = flag(1000, "samples of each model in the report at the end; a quarter as many of best-of-n", low=1)
     best_of: int = flag(16, "the report's best-of-n of the pre-trained model (tasks that cannot be enumerated)", low=2)
 
 
@@ -129,7 +130,8 @@ def main(argv=None):
     model, process = build(flags, task, device)        # the same weights in every process ...
     if flags.init:
         load(flags.init, task, process, model)
-    if task.enumerable and flags.time_conditioning and not flags.steps and flags.process == "absorb":
+    small = task.enumerable and (task.vocab_size + 1) ** task.length * max(1, flags.steps) <= 1_000_000    # for exact laws
+    if small and flags.time_conditioning and not flags.steps and flags.process == "absorb":
         raise BadInput("an exact evaluation of a time-conditioned model needs a grid: add --steps=16")
     data = task.data(flags.data_size, torch.Generator().manual_seed(flags.seed)).to(device)          # [n, L]
     if task.oracle is None:
@@ -152,7 +154,7 @@ def main(argv=None):
             save(out / "pretrained.pt", task, process, model)
         model.eval()                                   # from here on no dropout: the ratio must be 1 at theta_old
         reference = compiled(flags, deepcopy(model).requires_grad_(False))
-        exact = Exact(flags, task, process, reference) if task.enumerable else None
+        exact = Exact(flags, task, process, reference) if small else None
         watch = exact or Watch(flags, task, process, data)
         anchor = compiled(flags, deepcopy(reference))  # of the KL; --ref_every moves it
         try:
@@ -395,12 +397,12 @@ def held_data(task, n, seed):
 
 # ---- the end of a run ---------------------------------------------------------------------------------------------------
 
-def report(flags, task, process, models, reference, exact, data, n=1000):
+def report(flags, task, process, models, reference, exact, data):
     """Print what was learnt as a table, and some samples; return its rows. With prompts, all of it is on held-out ones. Where
     laws are not known, the held-out data and the best of several samples of the pre-trained model stand beside the models."""
-    held = held_data(task, n, flags.seed).to(data.device)
+    held = held_data(task, flags.report_samples, flags.seed).to(data.device)
     prompts = task.prompts(held)
-    n = n if prompts is None else len(held)
+    n = flags.report_samples if prompts is None else len(held)
 
     def draw(model, count, prompts, kl=True):
         """Samples [count, L], in batches, and their path KL to the pre-trained model, nats."""

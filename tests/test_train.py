@@ -22,7 +22,7 @@ from rewards import TASKS, BadInput, Task
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--pretrain_iters=20", "--iters=6", "--group=8", "--updates=2", "--n_embd=16", "--n_layer=1", "--n_head=2",
-        "--eval_every=3", "--data_size=100"]
+        "--eval_every=3", "--data_size=100", "--report_samples=40"]
 
 
 def command(*args, script="train.py"):
@@ -98,7 +98,7 @@ def test_every_choice_runs(extra, tmp_path):
 @pytest.mark.parametrize("task, columns", [
     ("dna", ["true activity (median)", "oracle (median)", "over data's 99%", "3-mer corr."]),
     ("arithmetic", []), ("text", ["known words", "distinct words"])])
-def test_a_task_beyond_the_toy_runs_goes_on_and_is_sampled(task, columns, tmp_path):
+def test_a_task_beyond_the_toy_runs_goes_on_and_is_sampled(task, columns, tmp_path, capsys):
     """Through the command line at a tiny size: its report, its curve, the same numbers after --resume, its samples."""
     done = command(f"--task={task}", f"--out={tmp_path / 'a'}", *TINY, "--save_every=0")
     assert done.returncode == 0, done.stderr
@@ -110,41 +110,44 @@ def test_a_task_beyond_the_toy_runs_goes_on_and_is_sampled(task, columns, tmp_pa
         assert word in done.stdout
     lines = numbers(tmp_path / "a")
     assert "held_loss" in lines[0] and [("watch" in line) for line in lines[1:]] == [False, False, True] * 2 or not columns
-    draws = command(f"--run={tmp_path / 'a'}", "--n=4", "--format=jsonl", script="sample.py")
-    assert draws.returncode == 0 and len(draws.stdout.splitlines()) == 4, draws.stderr
+    sample.main([f"--run={tmp_path / 'a'}", "--n=4", "--format=jsonl"])
+    assert len(capsys.readouterr().out.splitlines()) == 4
     assert (tmp_path / "a" / "oracle.pt").exists() == (task == "dna")
 
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     (tmp_path / "b" / "finetuned.pt").unlink()
-    assert command(f"--out={tmp_path / 'b'}", "--resume").returncode == 0
+    train.main([f"--out={tmp_path / 'b'}", "--resume"])
     assert json.loads((tmp_path / "b" / "report.json").read_text()) == report
 
 
-def test_arithmetic_is_asked_in_groups_and_answers_held_out_prompts(tmp_path):
+def test_arithmetic_is_asked_in_groups_and_answers_held_out_prompts(tmp_path, capsys):
     train.main(["--task=arithmetic", f"--out={tmp_path}", *TINY, "--prompts=3", "--group=4"])
     lines = numbers(tmp_path)
     assert [line["queries"] for line in lines[1:]] == [12 * i for i in range(1, 7)]
     assert [list(line.get("watch", {})) for line in lines[1:]] == [[], [], ["reward, held-out prompts"]] * 2
-    done = command(f"--run={tmp_path}", "--n=3", "--prompt=12+34=___", script="sample.py")
-    assert [line.split()[1][:6] for line in done.stdout.splitlines()] == ["12+34="] * 3
+    capsys.readouterr()
+    sample.main([f"--run={tmp_path}", "--n=3", "--prompt=12+34=___"])
+    assert [line.split()[1][:6] for line in capsys.readouterr().out.splitlines()] == ["12+34="] * 3
 
 
-def test_own_data_and_reward_and_a_start_from_a_saved_model(tmp_path, monkeypatch):
+def test_own_data_and_reward_and_a_start_from_a_saved_model(tmp_path, monkeypatch, capsys):
     """What was pre-trained on a file is the start of a run with another reward: no pre-training, the same network."""
     monkeypatch.chdir(tmp_path)
     Path("mine.fa").write_text("".join(f">{i}\n{'ACGT'[i % 4] * 7}\n" for i in range(40)))
     Path("my_reward.py").write_text("def score(samples):\n    return [s.count('G') / 7 for s in samples]\n")
     data = ["--task=dna", "--data=mine.fa", "--length=7"]
     train.main([*data, "--out=a", *TINY])
-    train.main([*data, "--out=b", "--init=a/pretrained.pt", "--reward=my_reward.py:score", "--iters=3", "--group=8"])
+    train.main([*data, "--out=b", "--init=a/pretrained.pt", "--reward=my_reward.py:score", "--iters=3", "--group=8",
+                "--report_samples=9"])
+    capsys.readouterr()
     assert [line["phase"] for line in numbers(Path("b"))] == ["finetune"] * 3
     a, b = weights(Path("a"), "pretrained"), weights(Path("b"), "pretrained")
     assert all(torch.equal(a[name], b[name]) for name in a)
     config = json.loads(Path("b/config.json").read_text())
     assert config["n_embd"] == 16 and config["length"] == 7
     torch.save(torch.zeros(3), "bare.pt")
-    done = command("--run=b", "--n=3", script="sample.py")
-    drawn = [line.split() for line in done.stdout.splitlines()]
+    sample.main(["--run=b", "--n=3"])
+    drawn = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert len(drawn) == 3 and all(float(reward) == pytest.approx(s.count("G") / 7, abs=1e-4) for reward, s in drawn)
 
     for args, message in (
@@ -158,8 +161,7 @@ def test_own_data_and_reward_and_a_start_from_a_saved_model(tmp_path, monkeypatc
             (["--init=a/oracle.pt"], "a/oracle.pt is no model of train.py"), (["--init=bare.pt"], "is no model of train.py"),
             ([*data, "--init=a/pretrained.pt", "--out=a", "--overwrite"], "lies in the folder that this run would write"),
             ([*data, "--init=a/pretrained.pt", "--pretrain_iters=3"], "--pretrain_iters: --init skips pre-training")):
-        done = command("--out=c", *args)
-        assert (done.returncode, done.stdout) == (2, "") and message in done.stderr and done.stderr.count("\n") == 1
+        one_line(train.main, ["train.py", "--out=c", *args], message, monkeypatch, capsys)
         assert not Path("c").exists()
 
 
