@@ -166,7 +166,7 @@ def update(device, V, L, B, size):
           f"{memory[1]:.0f} | {memory[0]:.0f} |")
 
 
-UPDATES = [(4, 6, 4, SMALL), (4, 32, 4, SMALL), (4, 64, 4, SMALL), (4, 128, 4, SMALL)]
+UPDATES = [(4, 6, 4, SMALL), (4, 32, 4, SMALL), (4, 64, 4, SMALL), (4, 128, 1, SMALL)]
 
 
 def updates(device):

@@ -326,7 +326,7 @@ def test_an_unwritable_folder_is_a_line(tmp_path):
 def test_help_shows_every_flag_with_its_default():
     shown = {entry.split()[0]: " ".join(entry.split()) for entry in command("--help").stdout.split("\n  --")[1:]}
     for f in fields(train.Flags):
-        own = {"n_layer": "; toy: 2", "n_embd": "; toy: 64", "steps": "; uniform: 16"}.get(f.name, "")
+        own = {"n_layer": "; toy: 2", "n_embd": "; toy: 64", "steps": "; dna: 20; uniform: 16"}.get(f.name, "")
         assert len(shown[f.name].split()) > 3
         if f.type is not bool and f.default != "":
             assert f"(default: {f.default}{own}" in shown[f.name]
