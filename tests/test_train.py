@@ -389,6 +389,29 @@ def test_updates_that_are_not_finite_are_skipped_counted_and_stop_the_run_when_t
         guard.check()
 
 
+@pytest.mark.parametrize("extra", [dict(), dict(states="noised", consistency=0.3), dict(states="terminal"), dict(kl="loss"),
+                                   dict(algo="loop", path_events=0), dict(algo="loop", path_events=2),
+                                   dict(algo="prdp", path_events=0), dict(micro_batch=3)])
+def test_no_update_waits_for_the_device(extra, monkeypatch):
+    """Whatever reads a tensor's value on the host is forbidden while updates run, the rollout being over."""
+    flags, model, process = replace(train.Flags(), **extra), network(4, 6), Absorbing(4)
+    path = process.sample(model, 8, 6)
+    with torch.no_grad():
+        logp_ref = process.replay(model, path)         # it asks which states were visited, once a path
+    guard = train.Guard(model, torch.optim.AdamW(model.parameters(), 1e-3, fused=True), 1.0)
+    terms = train.objective(flags, process, model, model, path, torch.randn(1, 8), torch.randn(8), logp_ref, 0.1)
+    before = model.output.weight.clone()
+
+    def forbidden(*_, **__):
+        raise AssertionError("a host synchronisation")
+    with monkeypatch.context() as patch:
+        for name in ("item", "tolist", "__bool__", "__int__", "__float__", "__index__", "nonzero", "numpy", "cpu"):
+            patch.setattr(torch.Tensor, name, forbidden)
+        for _ in range(2):
+            guard.step(loss for loss, _ in terms())
+    assert not torch.equal(before, model.output.weight) and guard.count["skipped"] == 0
+
+
 def test_a_learning_rate_that_blows_up_ends_in_one_line(tmp_path):
     done = command(f"--out={tmp_path}", *TINY, "--lr=1e38", "--updates=30")
     assert done.returncode == 2 and "try a smaller learning rate" in done.stderr.splitlines()[-1]
