@@ -311,13 +311,18 @@ def consensus(width=13):
     return sites, torch.tensor([len(letters) for letters, _ in FACTORS.values()])
 
 
+def one_hot(tokens):
+    """tokens [B, L] -> float [B, 4, L]; all 0 at anything but ACGT, such as a pad."""
+    return (tokens[:, None] == torch.arange(4, device=tokens.device)[:, None]).float()
+
+
 def sites_in(tokens):
     """Where sites start, on either strand: tokens [B, L] -> bool [B, S, L]."""
     sites, size = consensus()
     back = torch.zeros_like(sites)                     # the other strand: backwards, and A for T, C for G
     for k, n in enumerate(size):
         back[k, :n] = sites[k, :n].flip(0, 1)
-    x = (tokens[:, None] == torch.arange(4, device=tokens.device)[:, None]).float()                  # [B, 4, L]
+    x = one_hot(tokens)
     match = F.conv1d(F.pad(x, (0, sites.size(1) - 1)), torch.cat((sites, back)).transpose(1, 2).to(x))
     forth, back = (match.round() == torch.cat((size, size)).to(x)[:, None]).chunk(2, dim=1)
     return forth | back
@@ -380,6 +385,7 @@ def plant(x, generator=None):
 
 
 def dna_data(n, generator, length):
+    """Background with sites in it -> [n, length]."""
     x = background(n, length, generator)
     plant(x, generator)
     return x
@@ -397,8 +403,7 @@ class Oracle(nn.Module):
             nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 1))
 
     def forward(self, tokens):
-        one_hot = (tokens[:, None] == torch.arange(4, device=tokens.device)[:, None]).float()        # [B, 4, L]
-        return self.net(one_hot).squeeze(1)
+        return self.net(one_hot(tokens)).squeeze(1)
 
     def fit(self, data, epochs=15, batch=64, lr=5e-3):
         """Least squares on noisy measurements of the first half of data [n, L], read from either strand; always the same."""
@@ -447,6 +452,7 @@ def dna_measure(data):
 
 
 def dna(length=50, text=None):
+    """Regulatory DNA; the reward is the oracle's, never the truth."""
     if length < 3:
         raise BadInput(f"--length={length}: --task=dna needs 3 slots or more, for its 3-mers")
     with torch.random.fork_rng(devices=[]):
@@ -485,6 +491,7 @@ def is_true(tokens):
 
 
 def arithmetic():
+    """Sums: a+b= is given, the answer is generated, and the truth earns 1."""
     data, held = split(sums, lambda x: held_out(x[:, :6]))                           # by prompt, not by answer
     return Task("arithmetic", "0123456789+=", 9, data, is_true, held=held,
                 given=lambda x: (torch.arange(9, device=x.device) < 6).expand_as(x),

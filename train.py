@@ -296,8 +296,13 @@ def finetune(flags, task, process, model, reference, data, watch, session, clock
         # updates, each from fresh events of the path
         terms = objective(flags, process, model, reference, path, reward.view_as(value), advantage, logp_ref, beta)
         losses, clipped = [], []
+
+        def noted():
+            for loss, stats in terms():
+                clipped.append(stats["clip_fraction"])
+                yield loss
         for _ in range(flags.updates):
-            losses.append(guard.step(loss for loss, stats in terms() if clipped.append(stats["clip_fraction"]) is None))
+            losses.append(guard.step(noted()))
         guard.check()
         if flags.ref_every and (i + 1) % flags.ref_every == 0:
             reference.load_state_dict(model.state_dict())
@@ -575,6 +580,7 @@ def rank():
 
 
 def ranks():
+    """How many processes there are; 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -600,6 +606,7 @@ def average(tensors):
 
 
 def averaged(**numbers):
+    """Each number's mean over the processes, by name."""
     means = torch.tensor(list(numbers.values()), dtype=torch.float64)
     average([means])
     return dict(zip(numbers, means.tolist()))
