@@ -1,7 +1,8 @@
-"""The denoiser: a bidirectional transformer from noisy tokens (and a time) to one row of logits a slot.
+"""The denoiser: a bidirectional transformer that reads noisy tokens and predicts clean ones.
 
-Shapes: B sequences, L slots, V clean tokens (the network also reads V itself, the mask), D channels, H heads.
-Any callable `(x, t) -> logits [B, L, V]` can stand in for `Denoiser`; `hidden`, `hidden_at` and `head` only make it fast.
+Shapes: B sequences of L slots, V clean tokens, D channels, H heads. The input tokens are 0..V,
+where V is the mask. Any callable (x, t) -> logits [B, L, V] can stand in for a Denoiser; the
+method `logits_at`, which skips the slots that nobody will read, only makes sampling faster.
 """
 import math
 from dataclasses import dataclass
@@ -13,143 +14,118 @@ import torch.nn.functional as F
 
 @dataclass
 class Config:
-    vocab_size: int                  # V, clean tokens
-    length: int                      # the longest sequence that the rotary table covers
+    vocab_size: int                     # V, the number of clean tokens
+    length: int                         # the longest sequence
     n_layer: int = 4
     n_head: int = 4
-    n_embd: int = 128                # D
+    n_embd: int = 128                   # D
     dropout: float = 0.0
-    time_conditioning: bool = False  # absorbing noise shows its level as the share of masks, and does well without
-    conv: int = 0                    # letters, an odd number, that a convolution over the embeddings reads at once; 0: none
+    time_conditioning: bool = False     # masks show the noise level; random letters do not
+    conv: int = 0                       # width of a convolution over the embeddings; 0: none
 
 
-def at(h, slots):
-    """Rows of h [B, L, D] at slots [B, k] -> [B, k, D]."""
+def take(h, slots):
+    """The rows of h [B, L, D] at slots [B, k] -> [B, k, D]."""
     return h.gather(1, slots[..., None].expand(-1, -1, h.size(-1)))
 
 
-def rotate(x, cos, sin):
-    """Rotary positions (RoFormer, arXiv 2104.09864, eq. 34): x [B, H, n, D/H], cos and sin [..., n, D/2H]."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)
-
-
-class Norm(nn.Module):
-    """RMSNorm; with a condition [B, D], adaLN then shifts and scales it (DiT, arXiv 2212.09748), starting at no effect."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.norm = nn.RMSNorm(config.n_embd)
-        self.modulation = nn.Linear(config.n_embd, 2 * config.n_embd) if config.time_conditioning else None
-
-    def forward(self, x, condition):
-        h = self.norm(x)
-        if condition is None:
-            return h
-        shift, scale = self.modulation(condition)[:, None].chunk(2, dim=-1)                          # [B, 1, D] each
-        return h * (1 + scale) + shift
-
-
 class Block(nn.Module):
-    """Pre-norm attention and MLP."""
+    """Attention and MLP, each after a norm and around a residual connection."""
 
     def __init__(self, config):
         super().__init__()
-        d, self.n_head, self.dropout = config.n_embd, config.n_head, config.dropout
-        self.norm1, self.norm2 = Norm(config), Norm(config)
-        self.query, self.key_value = nn.Linear(d, d, bias=False), nn.Linear(d, 2 * d, bias=False)
-        self.out = nn.Linear(d, d, bias=False)
-        self.mlp = nn.Sequential(nn.Linear(d, 4 * d, bias=False), nn.GELU(approximate="tanh"),
-                                 nn.Linear(4 * d, d, bias=False), nn.Dropout(config.dropout))
+        D = config.n_embd
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+        self.norm1 = nn.LayerNorm(D)
+        self.query = nn.Linear(D, D, bias=False)
+        self.key_value = nn.Linear(D, 2 * D, bias=False)
+        self.out = nn.Linear(D, D, bias=False)
+        self.norm2 = nn.LayerNorm(D)
+        self.up = nn.Linear(D, 4 * D, bias=False)
+        self.down = nn.Linear(4 * D, D, bias=False)
 
-    def heads(self, x):  # [B, n, D] -> [B, H, n, D/H]
-        return x.unflatten(-1, (self.n_head, -1)).transpose(1, 2)
+    def split_heads(self, h):
+        return h.unflatten(-1, (self.n_head, -1)).transpose(1, 2)       # [B, H, L, D / H]
 
-    def forward(self, x, cos, sin, condition=None, slots=None):
-        """x [B, L, D] -> [B, L, D]; with slots [B, k], only those rows -> [B, k, D]: every slot is still attended to,
-        but queries, output projection and MLP are spent on the rows that somebody will read."""
-        h = self.norm1(x, condition)
-        k, v = map(self.heads, self.key_value(h).chunk(2, dim=-1))
-        k, qcos, qsin = rotate(k, cos, sin), cos, sin
+    def drop(self, h):
+        return F.dropout(h, self.dropout, self.training)
+
+    def forward(self, x, slots=None):
+        """x [B, L, D] -> [B, L, D], or [B, k, D] at slots [B, k] alone: all slots are attended to,
+        but queries and the MLP are computed only where somebody reads the result."""
+        h = self.norm1(x)
+        key, value = self.key_value(h).chunk(2, dim=-1)
         if slots is not None:
-            x, h = at(x, slots), at(h, slots)
-            qcos, qsin = cos[slots][:, None], sin[slots][:, None]                                    # [B, 1, k, D/2H]
-        q = rotate(self.heads(self.query(h)), qcos, qsin)
-        a = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
-        x = x + F.dropout(self.out(a.transpose(1, 2).flatten(2)), self.dropout, self.training)
-        return x + self.mlp(self.norm2(x, condition))
+            x, h = take(x, slots), take(h, slots)
+        attended = F.scaled_dot_product_attention(
+            self.split_heads(self.query(h)), self.split_heads(key), self.split_heads(value),
+            dropout_p=self.dropout if self.training else 0.0)
+        x = x + self.drop(self.out(attended.transpose(1, 2).flatten(2)))
+        return x + self.drop(self.down(self.up(self.norm2(x)).relu_()))
 
 
 class Denoiser(nn.Module):
-    """logits[b, i, v]: the network's belief log p(x0_i = v | x_t), up to a constant a slot."""
+    """logits[b, i, v] = log p_theta(x0_i = v | x_t) up to a constant per slot.
+
+    Raises ValueError for sizes that do not fit, and for a missing time."""
 
     def __init__(self, config):
         super().__init__()
-        if config.n_embd % (2 * config.n_head):
-            raise ValueError(f"n_embd ({config.n_embd}) must be a multiple of twice n_head ({config.n_head}): rotary pairs")
+        if config.n_embd % config.n_head or config.n_embd % 2:
+            raise ValueError("n_embd must be even and a multiple of n_head")
         if config.conv and config.conv % 2 == 0:
-            raise ValueError(f"conv ({config.conv}) must be odd: as many letters on either side")
-        self.config, d = config, config.n_embd
-        self.autocast = None             # or torch.bfloat16: the blocks' matrix products; weights and residuals stay float32
-        self.embedding = nn.Embedding(config.vocab_size + 1, d)
-        self.time = nn.Sequential(nn.Linear(d, d), nn.SiLU(), nn.Linear(d, d), nn.SiLU()) if config.time_conditioning else None
-        self.conv = nn.Conv1d(d, d, config.conv, padding=config.conv // 2) if config.conv else None
+            raise ValueError("conv must be odd: it reads as many letters on either side")
+        D = config.n_embd
+        self.config = config
+        self.autocast = None            # torch.bfloat16: the dtype of the blocks' matrix products
+        self.token = nn.Embedding(config.vocab_size + 1, D)
+        self.position = nn.Embedding(config.length, D)
+        if config.time_conditioning:
+            self.time = nn.Sequential(nn.Linear(D, D), nn.SiLU(), nn.Linear(D, D))
+        if config.conv:
+            self.conv = nn.Conv1d(D, D, config.conv, padding=config.conv // 2)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.norm = nn.RMSNorm(d)
-        self.output = nn.Linear(d, config.vocab_size)
-        half = d // config.n_head // 2
-        angle = torch.arange(config.length)[:, None] * 10000.0 ** (-torch.arange(half) / half)       # [L, D/2H]
-        self.register_buffer("cos", angle.cos(), persistent=False)
-        self.register_buffer("sin", angle.sin(), persistent=False)
-        self.reset_parameters()
+        self.norm = nn.LayerNorm(D)
+        self.head = nn.Linear(D, config.vocab_size)
+        self.apply(self.init_weights)
+        nn.init.zeros_(self.head.weight)                # the first prediction is uniform
 
-    def reset_parameters(self):
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, std=0.02)
-                if getattr(module, "bias", None) is not None:
-                    nn.init.zeros_(module.bias)
-        for block in self.blocks:  # the residual stream keeps its scale at any depth (GPT-2)
-            nn.init.normal_(block.out.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
-            nn.init.normal_(block.mlp[2].weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
-        for module in self.modules():
-            if isinstance(module, Norm) and module.modulation is not None:
-                nn.init.zeros_(module.modulation.weight)  # time starts without effect ...
-        nn.init.zeros_(self.output.weight)                # ... and the prediction starts uniform
+    def init_weights(self, module):
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+        if isinstance(module, Block):                   # the residual stream keeps its scale at
+            depth = math.sqrt(2 * self.config.n_layer)  # any depth, as in GPT-2
+            nn.init.normal_(module.out.weight, std=0.02 / depth)
+            nn.init.normal_(module.down.weight, std=0.02 / depth)
 
-    def condition(self, t):
-        """Time t [B] in [0, 1] -> [B, D]: sinusoids, then an MLP."""
-        if t is None:
-            raise ValueError("this denoiser is time-conditioned: it needs a time t [B]")
-        half = self.config.n_embd // 2
-        angle = 1000 * t[:, None].float() * 10000.0 ** (-torch.arange(half, device=t.device) / half)
-        return self.time(torch.cat((angle.cos(), angle.sin()), dim=-1))
+    def embed(self, x, t):
+        """Tokens [B, L] and times [B] -> [B, L, D]."""
+        if x.size(1) > self.config.length:
+            raise ValueError(f"{x.size(1)} slots in a model made for {self.config.length}")
+        h = self.token(x) + self.position.weight[:x.size(1)]
+        if self.config.time_conditioning:
+            if t is None:
+                raise ValueError("this denoiser is time-conditioned: it needs a time t [B]")
+            half = self.config.n_embd // 2
+            frequency = 10000.0 ** (-torch.arange(half, device=t.device) / half)
+            angle = 1000 * t[:, None] * frequency                       # [B, D / 2]
+            h = h + self.time(torch.cat((angle.cos(), angle.sin()), dim=-1))[:, None]
+        if self.config.conv:            # sees words of a few letters, such as binding sites
+            h = h + self.conv(h.transpose(1, 2)).relu().transpose(1, 2)
+        return h
 
-    def hidden(self, x, t=None):
-        """x long [B, L] in 0..V, t float [B] or None (read only with time_conditioning) -> [B, L, D]."""
-        return self.hidden_at(x, t, None)
-
-    def hidden_at(self, x, t, slots):
-        """hidden(x, t) at slots [B, k] alone -> [B, k, D]; the last block computes nothing else."""
-        length = x.size(1)
-        if length > self.config.length:
-            raise ValueError(f"a sequence of {length} slots in a model made for {self.config.length}")
-        condition = None if self.time is None else self.condition(t)
-        cos, sin = self.cos[:length], self.sin[:length]
-        h = self.embedding(x)                                                                        # [B, L, D]
-        if self.conv is not None:        # words of a few letters, such as binding sites, are seen at once
-            h = h + F.gelu(self.conv(h.transpose(1, 2))).transpose(1, 2)
-        # no cache of cast weights: a captured graph must cast them anew, since updates change them in place
-        with torch.autocast(x.device.type, self.autocast, self.autocast is not None, cache_enabled=False):
+    def logits_at(self, x, t, slots):
+        """The logits at slots [B, k] alone -> float32 [B, k, V]; slots=None: at every slot."""
+        h = self.embed(x, t)
+        with torch.autocast(x.device.type, self.autocast, self.autocast is not None):
             for block in self.blocks[:-1]:
-                h = block(h, cos, sin, condition)
-            h = self.blocks[-1](h, cos, sin, condition, slots)
-        return self.norm(h)
-
-    def head(self, h):
-        """[..., D] -> logits [..., V], always float32: ratios of probabilities are taken of them."""
-        return self.output(h).float()
+                h = block(h)
+            h = self.blocks[-1](h, slots)
+        return self.head(self.norm(h)).float()  # ratios of probabilities are taken of them
 
     def forward(self, x, t=None):
-        """x long [B, L] in 0..V, t float [B] or None -> logits float32 [B, L, V]."""
-        return self.head(self.hidden(x, t))
+        """x: long [B, L] in 0..V; t: float [B] or None -> logits float32 [B, L, V]."""
+        return self.logits_at(x, t, None)

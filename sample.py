@@ -1,215 +1,288 @@
-"""Sample from a run of train.py, score the samples, and show what fine-tuning changed.
+"""Sample from a run of train.py, score the samples, and draw pictures of the run.
 
-    python sample.py --run=out/toy                         ten samples with their rewards, on standard output
-    python sample.py --run=out/toy --compare               pre-trained beside fine-tuned
-    python sample.py --run=out/toy --movie=denoise.gif     the reverse process, slot by slot
-    python sample.py --run=out/toy --n=1000 --format=fasta --out=samples.fasta
+    python sample.py --run=out/toy                          # ten samples with their rewards
+    python sample.py --run=out/toy --compare                # pre-trained beside fine-tuned
+    python sample.py --run=out/toy --prompt=TC____          # some letters given
+    python sample.py --run=out/toy --movie=denoise.gif      # the reverse process, slot by slot
+    python sample.py --run=out/toy --n=1000 --format=fasta > samples.fasta
 
-Samples go to standard output or --out; everything else goes to standard error.
+Samples go to standard output, everything else to standard error.
 """
+import argparse
 import json
+import math
+import os
 import sys
-from dataclasses import dataclass
-from pathlib import Path as File
+from pathlib import Path
 
 import torch
 
-from rewards import TASKS, BadInput, ask, open_task
-from train import Flags, build, flag, held_data, load, parse, pick_device, restore, run
+import sepo
+from diffusion import Absorbing, Uniform
+from model import Config, Denoiser
+from rewards import BadInput, ask, open_task
 
+CHAINS = {"absorb": Absorbing, "uniform": Uniform}
 
-@dataclass
-class Options:
-    run: str = flag("out/toy", "folder of a run of train.py")
-    which: str = flag("newest", "which of its models", choices=["newest", "pretrained", "finetuned"])
-    n: int = flag(10, "samples", low=1)
-    steps: int = flag(-1, "grid of the reverse process; -1: as the run had it; 0: none (absorb only)", low=-1)
-    prompt: str = flag("", "letters that are given, _ where a slot is free: TC____ (default: the task's held-out prompts)")
-    temperature: float = flag(1.0, "divides the logits: below 1 sharper, above 1 flatter", low=0.01, high=100)
-    corrector_steps: int = flag(0, "moves of the corrector", low=0)
-    corrector_t: float = flag(0.5, "time at which the reverse process pauses for the corrector", low=0.01, high=0.99)
-    seed: int = flag(0, "seed of every random draw", low=0, high=2 ** 32 - 1)
-    format: str = flag("text", "of the samples", choices=["text", "fasta", "jsonl"])
-    out: str = flag("", "file for the samples (default: standard output)")
-    compare: bool = flag(False, "the pre-trained model's samples beside the fine-tuned one's")
-    movie: str = flag("", "file.gif: the reverse process of a few samples")
-    plot: str = flag("", "file.png: rewards of a thousand samples before and after fine-tuning")
-    batch: int = flag(256, "samples drawn at a time", low=1)
-    device: str = flag("auto", "cpu, cuda, or auto: cuda where there is one", choices=["auto", "cpu", "cuda"])
-
+# -----------------------------------------------------------------------------
+# the command line
 
 def main(argv=None):
-    options = Options(**parse(sys.argv[1:] if argv is None else argv, Options, __doc__))
-    folder, flags = File(options.run), run_flags(options)
-    task = open_task(flags.task, flags.length, flags.data, flags.pad, flags.crop, flags.reward)
-    model, process = build(flags, task, pick_device(options.device))
-    head = model.head
-    model.head = lambda h: head(h) / options.temperature
-    prompts = read_prompts(task, options)
-    if task.oracle is not None:
-        restore(folder / "oracle.pt", task.oracle)
-
-    def draw(name, n):
-        """n samples of one of the run's models -> (the first batch's path, tokens [n, L], rewards [n])."""
-        load(folder / f"{name}.pt", task, process, model)
-        model.eval()
-        torch.manual_seed(options.seed)
-        first, tokens, rewards = None, [], []
-        for size in [options.batch] * (n // options.batch) + [n % options.batch] * (n % options.batch > 0):
-            given = None if prompts is None else prompts[torch.arange(size) % len(prompts)]
-            path = process.sample(model, size, task.length, flags.steps or None, given, None, options.corrector_steps,
-                                  options.corrector_t)
-            first = first or path
-            tokens.append(path.tokens)
-            rewards.append(ask(task, path.tokens))
-        return first, torch.cat(tokens), torch.cat(rewards)
-
-    both = ("pretrained", "finetuned")
-    if options.plot:
-        histogram({name: draw(name, max(options.n, 1000))[2] for name in both}, options.plot)
-    if options.compare:
-        return emit(options, side_by_side(task, {name: draw(name, options.n)[1:] for name in both}))
-    name = options.which if options.which != "newest" else newest(folder)
-    path, tokens, rewards = draw(name, options.n)
-    if options.movie:
-        movie(task, path, options.movie)
-    print(f"{folder}/{name}.pt: {len(tokens)} samples, {len(tokens.unique(dim=0))} distinct, mean reward "
-          f"{rewards.mean().item():.3f}", file=sys.stderr)
-    emit(options, written(options.format, task.decode(tokens), rewards.tolist()))      # last: its reader may leave early
-
-
-# ---- what was asked for -------------------------------------------------------------------------------------------------
-
-def run_flags(options):
-    """The flags of the run, with the grid that was asked for."""
-    folder = File(options.run)
-    for name, ending in (("movie", ".gif"), ("plot", ".png")):
-        if getattr(options, name) and File(getattr(options, name)).suffix != ending:
-            raise BadInput(f"--{name}={getattr(options, name)}: a name that ends in {ending} is needed")
-    if options.movie and options.compare:
-        raise BadInput("--movie shows one model: use it without --compare")
-    if options.compare and options.format != "text":
-        raise BadInput(f"--compare prints a table: --format={options.format} is for one model")
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--run", type=Path, default=Path("out/toy"), help="folder of a run of train.py")
+    add("--which", choices=["pretrained", "finetuned"], default="finetuned", help="which model")
+    add("--compare", action="store_true", help="both models, side by side")
+    add("--n", type=int, default=10, help="number of samples")
+    add("--steps", type=int, help="steps of the time grid, in place of the run's")
+    add("--prompt", default="", help="given letters, with _ for free slots: TC____")
+    add("--temperature", type=float, default=1.0, help="divides the logits")
+    add("--corrector_steps", type=int, default=0, help="corrector moves")
+    add("--corrector_t", type=float, default=0.5, help="time at which the corrector runs")
+    add("--seed", type=int, default=0, help="seed of every random draw")
+    add("--format", choices=["text", "fasta", "jsonl"], default="text", help="of the samples")
+    add("--movie", default="", help="file.gif: the reverse process of a few samples")
+    add("--plot", default="", help="file.png: histograms of both models' rewards")
+    args = parser.parse_args(argv)
+    if args.n < 1 or args.temperature <= 0 or not 0 < args.corrector_t < 1:
+        parser.error("--n and --temperature must be positive, --corrector_t between 0 and 1")
+    for file, ending in ((args.movie, ".gif"), (args.plot, ".png")):
+        if file and not file.endswith(ending):
+            parser.error(f"{file}: a name that ends in {ending} is needed")
     try:
-        flags = Flags(**json.loads((folder / "config.json").read_text()))
-    except (OSError, ValueError, TypeError):
-        raise BadInput(f"--run={folder} holds no run of train.py") from None
-    if flags.task not in TASKS:
-        raise BadInput(f"--run={folder}: its task {flags.task!r} is not in rewards.TASKS")
-    flags.cuda_graph = flags.compile = False   # another machine may have neither, and a few samples gain nothing
-    if options.steps >= 0:
-        flags.steps = options.steps
-    return flags
+        run(args)
+    except BrokenPipeError:                             # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (BadInput, OSError) as error:
+        print(f"sample.py: {error}", file=sys.stderr)
+        raise SystemExit(2)
 
 
-def newest(folder):
-    for name in ("finetuned", "pretrained"):
-        if (folder / f"{name}.pt").exists():
-            return name
-    raise BadInput(f"--run={folder} holds no model yet: its pre-training has not ended")
+def run(args):
+    names = ["pretrained", "finetuned"] if args.compare or args.plot else [args.which]
+    samples, rewards = {}, {}
+    for name in names:
+        file = args.run / f"{name}.pt"
+        task, process, model, steps = load_run(file)
+        prompts = read_prompts(task, args)
+        torch.manual_seed(args.seed)
+        corrector = (args.corrector_steps, args.corrector_t) if args.corrector_steps else None
+        policy = lambda x, t: model(x, t) / args.temperature
+        path = process.sample(policy, args.n, task.length, args.steps or steps, prompts,
+                              corrector=corrector)
+        reward = ask(task, path.tokens)
+        samples[name], rewards[name] = task.samples(path.tokens), reward.tolist()
+        distinct = len(path.tokens.unique(dim=0))
+        print(f"{file}: {args.n} samples, {distinct} distinct, mean reward {reward.mean():.3f}",
+              file=sys.stderr)
+        if args.movie and name == args.which:
+            movie(task, path, args.movie)
+    if args.plot:
+        histograms(rewards, args.plot)
 
-
-def read_prompts(task, options):
-    """--prompt, or else the task's held-out prompts -> tokens [m, L], the mask where a slot is free; None for no prompt."""
-    text = options.prompt
-    if not text:
-        return task.prompts(held_data(task, min(options.n, options.batch), options.seed)) if task.given else None
-    if len(text) != task.length:
-        raise BadInput(f"--prompt={text} has {len(text)} letters: {task.name} has {task.length} slots ({task.blank} where one "
-                       "is free)")
-    return task.encode([text])
-
-
-# ---- text -----------------------------------------------------------------------------------------------------------------
-
-def written(form, samples, rewards):
-    """Samples and their rewards as lines of text, FASTA or JSON."""
-    for i, (sample, reward) in enumerate(zip(samples, rewards), 1):
-        if form == "fasta":
-            yield f">sample_{i} reward={reward:.4g}\n{sample}"
-        elif form == "jsonl":
-            yield json.dumps({"sample": sample, "reward": reward})
+    if args.compare:
+        print("    ".join(f"{'reward':>8}  {name:{task.length}}" for name in names).rstrip())
+    for i in range(args.n):
+        sample, reward = samples[args.which][i], rewards[args.which][i]
+        if args.format == "fasta":
+            print(f">sample_{i + 1} reward={reward:.4g}\n{sample}")
+        elif args.format == "jsonl":
+            print(json.dumps(dict(sample=sample, reward=reward)))
         else:
-            yield f"{reward:8.4f}  {sample}"
+            shown = names if args.compare else [args.which]
+            columns = [f"{rewards[k][i]:8.4f}  {samples[k][i]:{task.length}}" for k in shown]
+            print("    ".join(columns).rstrip())
+    sys.stdout.flush()
 
 
-def side_by_side(task, columns):
-    """Lines of a table: a column of samples and rewards for each model, and the mean rewards below."""
-    width = max(task.length, 12)
-    yield "    ".join(f"{'reward':>8}  {name:{width}}" for name in columns).rstrip()
-    for row in zip(*[list(zip(task.decode(tokens), rewards.tolist())) for tokens, rewards in columns.values()]):
-        yield "    ".join(f"{reward:8.4f}  {sample:{width}}" for sample, reward in row).rstrip()
-    yield "    ".join(f"{rewards.mean().item():8.4f}  {'mean':{width}}" for _, rewards in columns.values()).rstrip()
+def read_prompts(task, args):
+    """--prompt, or else the task's held-out prompts -> tokens [n, L]; None without prompts."""
+    if not args.prompt:
+        if task.given is None:
+            return None
+        prompts = task.prompts(held_out_data(task, args.n, args.seed))
+        return prompts[torch.arange(args.n) % len(prompts)]
+    if len(args.prompt) != task.length:
+        raise BadInput(f"--prompt={args.prompt} has {len(args.prompt)} letters, the task "
+                       f"{task.length} slots: write {task.blank} for a free slot")
+    return task.encode([args.prompt])
 
+# -----------------------------------------------------------------------------
+# checkpoints
 
-def emit(options, lines):
-    """Lines to --out, or to standard output."""
-    if not options.out:
-        return print("\n".join(lines), flush=True)
+def load(file):
+    """A checkpoint of plain tensors and numbers; code in the file is refused, not run."""
     try:
-        File(options.out).write_text("\n".join(lines) + "\n")
-    except OSError as error:
-        raise BadInput(f"cannot write to --out={options.out}: {error.strerror}") from error
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise BadInput(f"{file} does not exist") from None
+    except Exception as error:                          # truncated, no checkpoint, or with code
+        kind = type(error).__name__
+        raise BadInput(f"{file} is damaged or not a checkpoint of tensors ({kind})") from error
 
 
-# ---- pictures -------------------------------------------------------------------------------------------------------------
+def load_model(file):
+    """A model saved by train.py -> model, all that the file holds."""
+    saved = load(file)
+    try:
+        model = Denoiser(Config(**saved["config"]))
+        model.load_state_dict(saved["model"])
+    except (KeyError, IndexError, TypeError, RuntimeError) as error:
+        raise BadInput(f"{file} is not a model of train.py ({error.__class__.__name__})") from error
+    return model, saved
 
-def canvas():
-    import matplotlib
+
+def load_run(file):
+    """A model saved by train.py -> task, process, model, steps of the time grid."""
+    model, saved = load_model(file)
+    args = argparse.Namespace(**saved["flags"])
+    task = open_task(args.task, args.length, args.data, args.pad, args.crop, args.reward)
+    if task.oracle is not None:
+        task.oracle.fit(task.data(args.data_size, torch.Generator().manual_seed(args.seed)))
+    process = CHAINS[args.process](task.vocab_size, args.schedule)
+    return task, process, model.eval(), args.steps or None
+
+# -----------------------------------------------------------------------------
+# what a run has learnt; train.py calls these
+
+def held_out_data(task, n, seed):
+    """Up to n sequences that pre-training does not see (its data if none are held out) -> [n, L]."""
+    draw = task.held or task.data
+    return draw(n, torch.Generator().manual_seed(seed + 1))[:n]
+
+
+def make_evaluate(args, task, process, reference, data):
+    """-> evaluate(model, tokens, rewards) -> metrics: exact ones where the space is small, else
+    the task's own of the latest rollout, and the reward on held-out prompts."""
+    steps = args.steps or None
+    if task.is_small(steps):
+        reward = lambda tokens: ask(task, tokens)
+        exact = sepo.Exact(process, reference, reward, task.length, args.beta, steps)
+        return lambda model, tokens, rewards: exact(model)
+    measure = task.measure(data) if task.measure else lambda tokens, rewards: {}
+    prompts = task.prompts(held_out_data(task, 256, args.seed).to(data.device))
+
+    def evaluate(model, tokens, rewards):
+        metrics = measure(tokens, rewards)
+        if prompts is not None:
+            path = process.sample(model, len(prompts), task.length, steps, prompts)
+            metrics["held_out_reward"] = ask(task, path.tokens).mean().item()
+        return metrics
+    return evaluate
+
+
+def report(args, task, process, reference, model, evaluate, data):
+    """Print each model's reward, KL to the pre-trained one and samples; save report.json."""
+    n, k = args.report_samples, 16                      # k: the simplest rival, best of 16 samples
+    if not n:
+        return
+    held_out = held_out_data(task, n, args.seed).to(data.device)
+    n, prompts, steps = len(held_out), task.prompts(held_out), args.steps or None
+
+    def draw(policy, n, prompts):
+        path = process.sample(policy, n, task.length, steps, prompts)
+        with torch.no_grad():
+            log_ratio = path.logp - process.replay(reference, path)
+        return path.tokens, log_ratio.flatten(1).sum(dim=1).mean().item()
+
+    samples = {"pre-trained": draw(reference, n, prompts), "fine-tuned": draw(model, n, prompts)}
+    if not task.is_small(steps):
+        few = None if prompts is None else prompts[:n // 4 + 1].repeat_interleave(k, dim=0)
+        many = draw(reference, (n // 4 + 1) * k, few)[0]
+        best = ask(task, many).view(-1, k).argmax(dim=1)
+        many = many.view(-1, k, task.length)[torch.arange(len(best)), best]
+        samples["data"] = held_out, None
+        samples["best of 16"] = many, math.log(k) - (k - 1) / k         # its KL is at most this
+    rows = {}
+    for name, (tokens, kl) in samples.items():
+        reward = ask(task, tokens)
+        distinct = len(tokens.unique(dim=0)) / len(tokens)
+        row = dict(reward=reward.mean().item(), kl=kl, distinct=distinct)
+        given = task.given(tokens) if task.given else None
+        row["bound"] = process.bound(reference, tokens, draws=8, given=given)[0].mean().item()
+        if not task.is_small(steps) or name == "fine-tuned":
+            row.update(evaluate(model, tokens, reward))
+        rows[name] = row
+        cells = [f"{key} {value:.3f}" for key, value in row.items() if value is not None]
+        print(f"{name:12} " + "  ".join(cells))
+        print("\n".join(f"    {s}" for s in task.samples(tokens[:4])))
+    (args.out / "report.json").write_text(json.dumps(rows, indent=2) + "\n")
+
+# -----------------------------------------------------------------------------
+# pictures
+
+def pyplot():
+    import matplotlib                                   # slow to import, so only when needed
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     return plt
 
 
-def stored(picture, file):
-    try:
-        picture(file)
-    except OSError as error:
-        raise BadInput(f"cannot write {file}: {error.strerror or error}") from error
-    print(f"wrote {file}", file=sys.stderr)
+def plot_curve(out):
+    """curve.png, from metrics.jsonl: four quantities against the number of rewards asked."""
+    plt = pyplot()
+    lines = [json.loads(line) for line in open(out / "metrics.jsonl")]
+    lines = [line for line in lines if line["phase"] == "finetune"]
+    own = [k for line in lines for k in line if k in ("share_of_optimum", "held_out_reward")]
+    measured = [k for line in lines for k in line if " " in k]          # a task's own columns
+    fourth = (own + measured + ["reward_std"])[0]
+    figure, axes = plt.subplots(2, 2, figsize=(10, 6), sharex=True)
+
+    def curve(axis, key, **style):
+        points = [(line["queries"], line[key]) for line in lines if key in line]
+        if points:
+            axis.plot(*zip(*points), **style)
+
+    kl = next(key for key in lines[0] if key.startswith("kl"))
+    for axis, key in zip(axes.flat, ("reward", fourth, kl, "clip_fraction")):
+        curve(axis, key, marker="." if key == fourth else None)
+        axis.set(xlabel="rewards asked", ylabel=key.replace("_", " "))
+    curve(axes[0, 0], "exact_reward", color="black", marker=".", label="exact")
+    curve(axes[0, 0], "best_reward", color="tab:green", ls="--", label="optimum")
+    curve(axes[0, 0], "pretrained_reward", color="tab:red", ls=":", label="pre-trained")
+    if axes[0, 0].get_legend_handles_labels()[0]:
+        axes[0, 0].legend()
+    figure.tight_layout()
+    figure.savefig(out / "curve.part.png", dpi=110)
+    os.replace(out / "curve.part.png", out / "curve.png")
+    plt.close(figure)
+
+
+def histograms(rewards, file):
+    plt = pyplot()
+    for name, values in rewards.items():
+        plt.hist(values, bins=30, alpha=0.6, label=f"{name}: mean {sum(values) / len(values):.3f}")
+    plt.xlabel("reward")
+    plt.legend()
+    plt.savefig(file, dpi=110)
+    plt.close()
 
 
 def movie(task, path, file, rows=8):
-    """A GIF of the reverse process: a row for each sample, a cell for each slot, grey while it is masked; what has just
-    changed is framed."""
-    plt = canvas()
+    """A GIF of the reverse process: a row per sample, a cell per slot, grey while it is masked."""
+    plt = pyplot()
     from matplotlib.animation import FuncAnimation, PillowWriter
     last = int(path.n_events[:rows].max())
-    states = torch.stack([path.state(j)[:rows] for j in range(last + 1)]).cpu()                      # [events + 1, rows, L]
-    colours = plt.get_cmap("tab20" if task.vocab_size > 10 else "tab10")
-    figure, axis = plt.subplots(figsize=(min(12, 1 + 0.35 * task.length), 0.5 + 0.4 * states.size(1)))
+    states = [path.state(j)[:rows].cpu() for j in range(last + 1)]
+    size = (min(12, 1 + 0.35 * task.length), 0.5 + 0.4 * len(states[0]))
+    figure, axis = plt.subplots(figsize=size)
+    colours = plt.get_cmap("tab20").with_extremes(over="0.9")
 
     def frame(j):
         axis.clear()
         axis.axis("off")
-        axis.set(xlim=(0, task.length), ylim=(states.size(1), -0.6))
-        axis.text(0, -0.2, f"state {j} of {last}", fontsize=8)
-        for b, row in enumerate(states[j].tolist()):
-            for i, v in enumerate(row):
-                new = j > 0 and v != states[j - 1, b, i]
-                axis.add_patch(plt.Rectangle((i + 0.05, b + 0.05), 0.9, 0.9, ec="black" if new else "none", lw=1.5,
-                                             fc="0.9" if v == task.vocab_size else colours(v % colours.N), alpha=0.8))
-                if v < task.vocab_size and task.length <= 64:
-                    axis.text(i + 0.5, b + 0.52, task.alphabet[v], ha="center", va="center", fontsize=9)
-    frames = [*range(last + 1)] + [last] * 4           # the result stands for a while
-    stored(lambda name: FuncAnimation(figure, frame, frames).save(name, writer=PillowWriter(fps=2)), file)
-    plt.close(figure)
+        axis.set_title(f"state {j} of {last}", fontsize=8)
+        axis.imshow(states[j], cmap=colours, vmin=0, vmax=task.vocab_size - 0.5, alpha=0.8)
+        for b, string in enumerate(task.decode(states[j])):
+            for i, letter in enumerate(string):
+                shown = letter.replace(task.blank, "")
+                axis.text(i, b, shown, ha="center", va="center", fontsize=9)
 
-
-def histogram(rewards, file):
-    """Rewards of each model's samples as two histograms over one axis."""
-    plt = canvas()
-    figure, axis = plt.subplots(figsize=(6, 3.6))
-    everything = torch.cat(list(rewards.values()))
-    span = everything.min().item(), everything.max().item() + 1e-6
-    for name, r in rewards.items():
-        axis.hist(r.tolist(), bins=30, range=span, alpha=0.6, label=f"{name}: mean {r.mean().item():.3f}")
-    axis.set(xlabel="reward", ylabel=f"of {len(r)} samples")
-    axis.legend(fontsize=8)
-    figure.tight_layout()
-    stored(lambda name: figure.savefig(name, dpi=110), file)
+    frames = list(range(last + 1)) + [last] * 4         # hold the result for a while
+    FuncAnimation(figure, frame, frames).save(file, writer=PillowWriter(fps=2))
     plt.close(figure)
 
 
 if __name__ == "__main__":
-    run(main)
+    main()

@@ -1,75 +1,110 @@
-"""Policy optimisation on sampled paths of a discrete diffusion model: advantages, the KL in the return, SEPO, LOOP, PRDP.
+"""Policy optimization on sampled paths of a discrete diffusion model.
 
-A model drew a Path of B = P * G samples, G for each of P prompts; a black box gave each a reward. Nothing here knows a chain:
-the process supplies views (states, and the lines through them that are scored) and the slot law w on each line.
+A model drew a Path of B = P * G samples, G for each of P prompts, and a black box gave each sample
+a reward. All methods here ascend J = E[R] - beta * KL(p_theta || p_ref), with R the reward and the
+KL, in nats, that of the paths. Nothing in this file knows a chain: the process supplies views
+(visited states and the slots that are scored there) and the slot laws w.
+
+Reading order: what a sample is worth; SEPO; LOOP and PRDP; the exact optimum of small spaces.
 """
 import torch
 
+from diffusion import every_sequence, pick
 
-# ---- what a sample is worth -------------------------------------------------------------------------------------------
+REPLAY = 4          # passes per state of a replay: forward, recomputed forward, backward (two)
+
+# -----------------------------------------------------------------------------
+# what a sample is worth
 
 class Baseline:
-    """A baseline learnt across the run: exponential averages of the mean and variance of the rewards (for kind `ppo`)."""
+    """Running mean and variance of the rewards, for the advantages `ppo` and `running`."""
 
     def __init__(self, decay=0.9):
-        self.decay, self.mean, self.square, self.weight = decay, 0.0, 0.0, 0.0
+        self.decay = decay
+        self.mean = self.variance = self.weight = 0.0
 
     def update(self, rewards):
-        """Fold a rollout's rewards (any shape) in, after its advantages were taken."""
-        self.mean = self.decay * self.mean + (1 - self.decay) * rewards.mean().item()
-        self.square = self.decay * self.square + (1 - self.decay) * rewards.square().mean().item()
-        self.weight = self.decay * self.weight + (1 - self.decay)    # as Adam corrects its start from zero
+        """Fold in a rollout's rewards (any shape), after its advantages were taken."""
+        self.weight = self.decay * self.weight + 1 - self.decay
+        rate = (1 - self.decay) / self.weight           # 1 at first: no bias towards the zeros
+        rewards = rewards.double()
+        self.mean += rate * (rewards.mean().item() - self.mean)
+        spread = (rewards - self.mean).square().mean().item()
+        self.variance += rate * (spread - self.variance)
+
+    def state_dict(self):
+        return dict(vars(self))
+
+    def load_state_dict(self, state):
+        vars(self).update(state)
 
 
-def advantages(rewards, kind="grpo", baseline=None):
-    """Rewards [P, G] -> advantages [P, G]. A group whose rewards are all equal, or of one sample, gets zeros, never NaN.
+def advantages(returns, kind="grpo", baseline=None, scale=None):
+    """Returns [P, G] (rewards, minus what the KL costs) -> advantages [P, G].
 
-    grpo     (R - group mean) / group standard deviation               (GRPO, 2402.03300)
-    dr_grpo  R - group mean                                            (Dr. GRPO, 2503.20783)
-    loo      R - mean of the others of its group                       (LOOP, 2503.00897)
-    ppo      (R - m) / s with m, s learnt across the run (Baseline); before its first update, of this batch
-    running  R - m, the same m                                         (REINFORCE with a baseline)
-    """
+    grpo     (R - group mean) / scale                               (GRPO, 2402.03300)
+    dr_grpo  R - group mean                                         (Dr. GRPO, 2503.20783)
+    loo      R - mean of the others in the group                    (LOOP, 2503.00897)
+    ppo      (R - m) / scale, with m the running mean of the rewards (Baseline)
+    running  R - m                                                  (REINFORCE with a baseline)
+
+    scale: one number per rollout, from `reward_scale`; None: that of the returns themselves.
+    Equal returns, and the only sample of a group, get 0. Before the first update of the baseline
+    m is the mean of this rollout."""
+    origin = returns.flatten()[0].double()
+    shifted = returns.double() - origin                 # equal returns become exactly 0
     if kind in ("ppo", "running"):
-        if baseline is None or baseline.weight == 0:
-            mean, deviation = rewards[0, 0] + (rewards - rewards[0, 0]).mean(), rewards.std(correction=0)
-        else:
-            mean = baseline.mean / baseline.weight
-            deviation = rewards.new_tensor(max(baseline.square / baseline.weight - mean ** 2, 0)).sqrt()
-        return rewards - mean if kind == "running" else standardise(rewards - mean, deviation)
-    G, centred = rewards.size(1), rewards - rewards[:, :1]     # of equal rewards the mean is exact only after a shift to 0
-    centred = centred - centred.mean(dim=1, keepdim=True)
-    if kind == "grpo":
-        return standardise(centred, rewards.std(dim=1, keepdim=True, correction=0))
-    if kind == "dr_grpo":
-        return centred
+        empty = baseline is None or baseline.weight == 0
+        mean = shifted.mean() if empty else baseline.mean - origin
+    elif kind in ("grpo", "dr_grpo", "loo"):
+        mean = shifted.mean(dim=1, keepdim=True)                                        # [P, 1]
+    else:
+        raise ValueError(f"unknown advantage {kind!r}: grpo, dr_grpo, loo, ppo or running")
+    centred = shifted - mean
     if kind == "loo":
-        return centred * (G / (G - 1) if G > 1 else 0)
-    raise ValueError(f"unknown advantage {kind!r}: one of grpo, dr_grpo, loo, ppo, running")
+        G = returns.size(1)
+        centred = centred * (G / max(1, G - 1))
+    if kind in ("dr_grpo", "loo", "running"):
+        return centred.float()
+    scale = reward_scale(returns, kind, baseline) if scale is None else scale
+    return torch.where(scale > 0, centred / scale, 0.0).float()
 
 
-def standardise(centred, deviation):
-    """centred / deviation, and 0 where there is no deviation to speak of."""
-    return torch.where(deviation > 1e-6, centred / deviation.clamp(min=1e-6), 0.0)
+def reward_scale(rewards, kind, baseline=None, beta=0.0):
+    """What advantages are divided by: a float64 scalar, 1 for kinds that are not standardized.
+
+    It is the deviation of the rewards around their group means (grpo; pooled over the rollout) or
+    over the run (ppo), plus beta for the KL, which has deviations of about 1 nat:
+    sqrt(deviation^2 + beta^2). Were the *returns* standardized, a group of equal rewards would
+    get advantages of size 1 made of its KL alone, whatever beta. GRPO divides each group by its
+    own deviation, which weighs prompts unequally; one scale per rollout keeps the objective."""
+    if kind not in ("grpo", "ppo"):
+        return torch.ones((), dtype=torch.double, device=rewards.device)
+    shifted = rewards.double() - rewards.flatten()[0]
+    deviation = (shifted - shifted.mean(dim=1, keepdim=True)).square().mean().sqrt()
+    if kind == "ppo":
+        deviation = (shifted - shifted.mean()).square().mean().sqrt()
+        if baseline is not None and baseline.weight > 0:
+            deviation = deviation.new_tensor(baseline.variance).sqrt()
+    return (deviation ** 2 + beta ** 2).sqrt()
 
 
 def regularised(rewards, log_ratio, beta):
-    """The return R - beta * log p_theta(path)/p_ref(path) of each path -> [B], detached; rewards [B], log_ratio (nats) as
-    path.logp has it, one for each transition.
+    """The return of each path, R - beta * log p_theta(path)/p_ref(path) -> [B], float64, detached.
 
-    With the KL in the return, the policy gradient also counts its part through the states that are visited, which a
-    closed-form KL in the loss leaves out. The mean of the second term is beta * KL(p_theta || p_ref) over paths."""
-    return (rewards - beta * log_ratio.flatten(1).sum(dim=1)).detach()
+    rewards [B]; log_ratio in nats, shaped as path.logp. Its policy gradient has both parts of the
+    gradient of the KL, also the one through the states that are visited."""
+    return (rewards.double() - beta * log_ratio.flatten(1).sum(dim=1)).detach()
 
-
-# ---- SEPO -------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
+# SEPO
 
 def draw_view(process, path, states, events=1, generator=None):
-    """Where the concrete scores of a path are taken, one forward pass a view (`path`: `events` of them):
+    """The states at which concrete scores are taken, one forward pass per view:
 
-    path      a state that the sampler visited, the slots that it revealed there: unbiased for the sampler as it runs
-    noised    x_t ~ q(. | x0) at a random level, all masked slots at once: low variance; biased where the bound is loose
-    terminal  the sample with one slot freed (2502.01384, t -> 0): a pseudo-likelihood, biased
+    path      a state that the sampler visited, and the slots that it revealed there
+    noised    x_t ~ q(. | x0) at a random level, all masked slots at once (a likelihood bound)
+    terminal  the final sample with one slot freed (t -> 0): a pseudo-likelihood
     """
     if states == "path":
         return process.path_view(path, events, generator)
@@ -77,89 +112,146 @@ def draw_view(process, path, states, events=1, generator=None):
         return process.noised_view(path.tokens, path.given, generator)
     if states == "terminal":
         return process.terminal_view(path, generator)
-    raise ValueError(f"unknown states {states!r}: one of path, noised, terminal")
+    raise ValueError(f"unknown states {states!r}: path, noised or terminal")
 
 
-def line_logp(process, model, view):
-    """-> log w [n, k] of the tokens that the view's slots take, and the laws log w [n, k, V] themselves."""
-    log_w = process.log_law(model, view)
-    return log_w.gather(-1, view.y[..., None]).squeeze(-1), log_w
+def surrogate(log_ratio, A, clip, mode="stop"):
+    """What each scored token contributes to the objective, and where the clip is active.
 
-
-def surrogate(log_ratio, A, clip):
-    """PPO's clipped surrogate min(r A, clip(r, 1 - eps, 1 + eps) A) (1707.06347), and where the clip stops its gradient."""
+    stop  PPO's min(r A, clip(r) A) (1707.06347): no gradient where the clip is active.
+    cap   the same number as a detached coefficient of the log-probability (SEPO's own loss; CISPO,
+          2506.13585): the gradient is capped and never stops."""
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - clip, 1 + clip) * A
-    return torch.minimum(ratio * A, clipped), (ratio * A > clipped).detach()
+    active = (ratio * A > clipped).detach()
+    smaller = torch.minimum(ratio * A, clipped)
+    return smaller.detach() * log_ratio if mode == "cap" else smaller, active
 
 
-def sepo_loss(process, model, path, advantages, states="path", clip=0.2, consistency=0.0, entropy=0.0, events=1, view=None,
-              reference=None, beta=0.0, generator=None):
-    """Score Entropy Policy Optimization (SEPO, arXiv 2502.01384) -> (loss, stats of detached scalars). The losses of a view's
-    parts (view.split) add up to that of the whole.
+def stats_of(active, weight, passes):
+    """clip_fraction: the share of scored tokens at which the clip is active; passes: states that
+    went through the network, a backward pass counting two."""
+    scored = weight > 0
+    share = (active & scored).sum() / scored.sum().clamp(min=1)
+    return {"clip_fraction": share, "passes": passes}
 
-    advantages: float [B], or, with states=path, shaped as path.logp: a return for each transition. view: the states, from
-    draw_view; pass the one of the rollout, with its logp_old, to later updates of the same rollout (None: drawn here;
-    logp_old None: theta is theta_old, where the gradient of the loss is minus the policy gradient of the mean reward).
-    consistency: weight of the likelihood bound on the model's own samples. entropy: weight of the slot laws' entropy, in
-    nats, as a bonus. reference, beta: price of a nat of KL(w || w_reference) on the lines, in closed form.
 
-    On the line {x with slot i free} the slot law is w_v = softmax_v log s(x)_{i,v}. SEPO's ratio (w_v'/w_v)(s_v/s_v') is
-    w'_{x_i} / w_{x_i} for every v, and sum_v w_v grad log s_v = -grad log w_{x_i}, so its sum over all neighbours of a
-    line is PPO's clipped surrogate on log w_{x_i}: one number a slot (the three identities: tests/test_sepo.py)."""
-    view = draw_view(process, path, states, events, generator) if view is None else view
-    logp, log_w = line_logp(process, model, view)                                    # [n, k], [n, k, V]
-    A = advantages[view.row, None] if advantages.dim() == 1 else advantages.flatten(1)[view.row].gather(1, view.place)
-    log_ratio = logp - (logp.detach() if view.logp_old is None else view.logp_old)
-    term, stopped = surrogate(log_ratio, A, clip)
+def sepo_loss(process, model, path, advantages, states="path", clip=0.2, clip_mode="stop",
+              view=None, consistency=0.0, entropy=0.0, reference=None, beta=0.0):
+    """Score Entropy Policy Optimization (SEPO, 2502.01384) -> (loss, stats).
+
+    SEPO's gradient is -E_x[A(x) sum_{y != x} p(y) grad log s(x)_y]. On the line of sequences that
+    differ from x in one slot, given all other slots, p(y) becomes the slot law
+    w_v = softmax_v(log s(x)_v), and (tests/test_sepo.py checks both identities):
+      sum_v w_v grad log s(x)_v = -grad log w_{x_i}                the sum is one log-probability
+      (w_v'/w_v) (s(x)_v / s(x)_v') = w'_{x_i} / w_{x_i}           one ratio, whatever v
+    So a line costs one number, log w of its token. Conditioning on the line is our step, not the
+    paper's. With states="path" w is the sampler's own transition kernel: at theta_old the gradient
+    is minus the policy gradient of the sampler as it runs (as DDPO, 2305.13301, for images), and
+    with clip_mode="stop" the loss is that of LOOP on one event of the path.
+
+    advantages: [B]. view: the scored states; None draws them here, with theta as theta_old.
+    consistency: weight of the likelihood bound on own samples (DiPOD, 2606.13795). entropy: weight
+    of the entropy of the slot laws, nats. reference, beta: KL(w || w_reference) in closed form,
+    nats, and its weight. Losses of the parts of a view (view.split) add up to its loss."""
+    view = draw_view(process, path, states) if view is None else view
+    log_w = process.log_law(model, view)                                                # [n, k, V]
+    logp = pick(log_w, view.y)                                                          # [n, k]
+    logp_old = logp.detach() if view.logp_old is None else view.logp_old
+    A = advantages[view.row, None]
+    objective, active = surrogate(logp - logp_old, A, clip, clip_mode)
+    w = log_w.exp()
     if consistency:
-        term = term + consistency * logp
+        objective = objective + consistency * logp
     if entropy:
-        term = term - entropy * (log_w.exp() * log_w).sum(dim=-1)
-    if beta:
+        objective = objective - entropy * (w * log_w).sum(dim=-1)
+    if reference is not None:
         with torch.no_grad():
             log_ref = process.log_law(reference, view)
-        term = term - beta * (log_w.exp() * (log_w - log_ref)).sum(dim=-1)
-    loss = -(view.weight * term).sum() / len(path.tokens)
-    seen = view.weight > 0
-    return loss, {"clip_fraction": (stopped & seen).sum() / seen.sum().clamp(min=1)}
+        objective = objective - beta * (w * (log_w - log_ref)).sum(dim=-1)
+    loss = -(view.weight * objective).sum() / len(path.tokens)
+    n_states = len(view.row) * (4 if reference is not None else 3)
+    return loss, stats_of(active, view.weight, n_states)
+
+# -----------------------------------------------------------------------------
+# LOOP, REINFORCE, PRDP
+
+def loop_loss(process, model, path, advantages, clip=0.2, view=None):
+    """Leave-one-out PPO (LOOP, 2503.00897) -> (loss, stats). advantages [B], of kind `loo`.
+
+    Ratio and clip are per transition: an event with all the slots that it moved. view: the scored
+    events; None: all of them. Losses of several views, as from path.views, add up. With clip = inf
+    and one update per rollout it is REINFORCE."""
+    view = path.view(*path.visits) if view is None else view
+    moved = view.weight > 0
+    logp = pick(process.log_law(model, view), view.y)                                   # [n, k]
+    log_ratio = ((logp - view.logp_old) * moved).sum(dim=1, keepdim=True)               # [n, 1]
+    weight = view.weight.amax(dim=1, keepdim=True)
+    objective, active = surrogate(log_ratio, advantages[view.row, None], clip)
+    loss = -(weight * objective).sum() / len(path.tokens)
+    return loss, stats_of(active, weight, 3 * len(view.row))
 
 
-# ---- LOOP, REINFORCE, PRDP ----------------------------------------------------------------------------------------------
+def prdp_loss(process, model, path, rewards, logp_ref, beta, clip=0.5, by_event=False, chunk=None):
+    """Proximal reward difference prediction (PRDP, 2402.08714) -> (loss, stats).
 
-def loop_loss(process, model, path, advantages, clip=0.2, events=None, view=None, chunk=None, generator=None):
-    """Leave-one-out PPO (LOOP, arXiv 2503.00897) -> (loss, stats). advantages [B], of kind `loo` in the paper.
-
-    Importance weight and clip are on every transition: an event of the path with all the slots that it moved, their joint
-    probability. events: how many a path, drawn without bias, one pass each, or the view of them (its parts add up); None: all
-    of them, `chunk` states (default: B) a pass, in the memory of one. With clip = inf and one update it is REINFORCE."""
-    if events is None and view is None:
-        new, old = path.by_event(process.replay(model, path, chunk)), path.by_event(path.logp)       # [B, E]
-        weight = torch.arange(new.size(1), device=new.device) < path.n_events[:, None]
-        A = advantages[:, None]
-    else:
-        view = process.path_view(path, events, generator) if view is None else view
-        moved = view.weight > 0
-        new, old = ((logp * moved).sum(dim=1, keepdim=True) for logp in (line_logp(process, model, view)[0], view.logp_old))
-        weight, A = view.weight.amax(dim=1, keepdim=True), advantages[view.row, None]
-    term, stopped = surrogate(new - old, A, clip)
-    seen = weight > 0
-    return -(weight * term).sum() / len(path.tokens), {"clip_fraction": (stopped & seen).sum() / seen.sum().clamp(min=1)}
-
-
-def prdp_loss(process, model, path, rewards, logp_ref, beta, clip=0.5, chunk=None):
-    """Proximal reward difference prediction (PRDP, arXiv 2402.08714) -> (loss, stats). rewards [P, G]; logp_ref: the
-    transitions' log-probabilities under the reference, shaped as path.logp; clip in nats of a path; chunk: states a pass.
-
-    At the optimum of E[R] - beta KL, beta log p(path)/p_ref(path) - R is the same for all paths of a prompt. Regressing all
-    pairs of a group on each other is regressing each path on the group's mean. The proximal clip keeps a path's log-ratio
-    near that of the policy which drew it, and the larger of both errors counts. Divided by 2 beta, so that at theta_old the
-    gradient is minus that of E[R] - beta KL."""
+    rewards [P, G]; logp_ref: log-probabilities under the reference, shaped as path.logp. At the
+    optimum of J, d = beta log p(path)/p_ref(path) - R is the same for all paths of a prompt, if the
+    conditionals of the reference agree with one law. The loss is the regression of all pairs of
+    a group on each other, which is that of each d on the group's mean. The proximal clip keeps
+    the log-ratio to the policy that drew the path within `clip` nats: of every event, as in the
+    paper (by_event), or of the whole path; the larger of both errors counts. Divided by 2 beta,
+    so that at theta_old its gradient is minus that of J."""
     def error(log_ratio):
-        d = beta * log_ratio - rewards                                               # [P, G]
+        d = beta * log_ratio - rewards                                                  # [P, G]
         return (d - d.mean(dim=1, keepdim=True)).square() / (2 * beta)
-    new, old = ((logp - logp_ref).flatten(1).sum(dim=1).view_as(rewards)
-                for logp in (process.replay(model, path, chunk), path.logp))
-    near = new.clamp(old - clip, old + clip)
-    free, bounded = error(new), error(near)
-    return torch.maximum(free, bounded).mean(), {"clip_fraction": ((near != new) & (bounded > free)).float().mean()}
+
+    new = process.replay(model, path, chunk)
+    change = path.by_event(new - path.logp)                                             # [B, E]
+    if not by_event:
+        change = change.sum(dim=1, keepdim=True)
+    old = (path.logp - logp_ref).flatten(1).sum(dim=1)                                  # [B]
+    free = error((old + change.sum(dim=1)).view_as(rewards))
+    clipped = change.clamp(-clip, clip)
+    near = error((old + clipped.sum(dim=1)).view_as(rewards))
+    active = (near > free) & (clipped != change).any(dim=1).view_as(rewards)
+    stats = {"clip_fraction": active.float().mean(), "passes": REPLAY * len(path.visits[0])}
+    return torch.maximum(free, near).mean(), stats
+
+# -----------------------------------------------------------------------------
+# the exact optimum of small spaces
+
+class Exact:
+    """Ground truth by enumeration: J of a model, beside the best that any law of the sample can do.
+
+    Over laws p, J(p) = E_p[R] - beta KL(p || p_ref) is largest at p* ~ p_ref exp(R / beta), where
+    it is beta log E_ref exp(R / beta). share_of_optimum = (J - J_ref) / (J* - J_ref). The law is that
+    of `sample` without a corrector, and the KL that of the samples, not of the paths."""
+
+    def __init__(self, process, reference, reward, length, beta, steps=None):
+        """reward: the black box, tokens [V**L, L] -> float [V**L]; asked once."""
+        self.process, self.length, self.beta, self.steps = process, length, beta, steps
+        device = next(reference.parameters()).device
+        self.reward = reward(every_sequence(process.vocab_size, length, device)).double()
+        p_ref = self.law(reference)
+        self.log_ref = p_ref.clamp(min=1e-38).log()
+        self.value_ref = (p_ref * self.reward).sum().item()
+        if beta:
+            tilted = self.log_ref + self.reward / beta
+            self.optimum = beta * tilted.logsumexp(dim=0).item()
+            self.best_reward = (tilted.softmax(dim=0) * self.reward).sum().item()
+        else:
+            self.optimum = self.best_reward = self.reward.max().item()
+
+    @torch.no_grad()
+    def law(self, model):
+        return self.process.exact_law(model, self.length, self.steps).double()          # [V**L]
+
+    def __call__(self, model):
+        p = self.law(model)
+        reward = (p * self.reward).sum().item()
+        kl = (torch.xlogy(p, p) - p * self.log_ref).sum().item()
+        gain = reward - self.beta * kl - self.value_ref
+        room = self.optimum - self.value_ref            # 0 where all sequences have one reward
+        return dict(exact_reward=reward, exact_kl=kl, share_of_optimum=gain / room if room else 1.0,
+                    best_reward=self.best_reward, pretrained_reward=self.value_ref)

@@ -1,13 +1,16 @@
-"""What the tests share: models on small spaces, laws by enumeration, the plain ancestral loop, and statistics."""
+"""Ground truth on small spaces: models as tables, laws by enumeration, every path of a sampler."""
 import itertools
+import math
 
 import torch
+import torch.nn.functional as F
 
+from diffusion import GridPath, Path
 from model import Config, Denoiser
 
 
 def network(V, L, seed=0, n_layer=2, n_embd=32, scale=1.0, **config):
-    """A small Denoiser whose predictions are far from uniform, far from consistent, and depend on every input."""
+    """A small Denoiser whose predictions are far from uniform and depend on every input."""
     torch.manual_seed(seed)
     model = Denoiser(Config(V, L, n_layer=n_layer, n_head=2, n_embd=n_embd, **config))
     for p in model.parameters():
@@ -22,33 +25,35 @@ def sequences(V, L):
 
 
 def rank(tokens, V):
-    """Place of each sequence [B, L] in sequences(V, L) -> [B]."""
+    """The place of each sequence [B, L] in sequences(V, L) -> [B]."""
     return (tokens * V ** torch.arange(tokens.size(1) - 1, -1, -1)).sum(dim=1)
 
 
 class Table(torch.nn.Module):
-    """A model that is a lookup table of logits, one row for each of the (V+1)**L states: any law of the chain fits in."""
+    """A lookup table of logits, one row per state: any law of the sampler fits in."""
 
     def __init__(self, V, L, logits=None, seed=0):
         super().__init__()
         self.V = V
-        generator = torch.Generator().manual_seed(seed)
-        self.logits = torch.nn.Parameter(torch.randn((V + 1) ** L, L, V, generator=generator) if logits is None else logits)
+        if logits is None:
+            generator = torch.Generator().manual_seed(seed)
+            logits = torch.randn((V + 1) ** L, L, V, generator=generator)
+        self.logits = torch.nn.Parameter(logits)
 
     def forward(self, x, t=None):
         return self.logits[rank(x, self.V + 1)]
 
 
 def posterior_table(p0, V, L):
-    """The Table that predicts p(x0_i = v | the revealed slots) under the law p0 [V**L]: the one consistent model of p0."""
+    """The Table of p(x0_i = v | the revealed slots) under the law p0: the consistent model."""
     x, states = sequences(V, L), sequences(V + 1, L)
-    fits = ((states[:, None] == V) | (states[:, None] == x)).all(dim=-1).double()                  # [(V+1)^L, V^L]
-    joint = torch.einsum("sx,x,xiv->siv", fits, p0.double(), torch.nn.functional.one_hot(x, V).double())
+    fits = ((states[:, None] == V) | (states[:, None] == x)).all(dim=-1).double()   # [S, V^L]
+    joint = torch.einsum("sx,x,xiv->siv", fits, p0.double(), F.one_hot(x, V).double())
     return Table(V, L, (joint / joint.sum(-1, keepdim=True)).clamp(min=1e-30).log().float())
 
 
 class Posterior(torch.nn.Module):
-    """p(x0_i = v | x_t) under the law softmax(logits) [V**L] and uniform noise, alpha = 1 - t, by Bayes over all."""
+    """p(x0_i = v | x_t) under the law softmax(logits) and uniform noise, alpha = 1 - t."""
 
     def __init__(self, p0, V, L):
         super().__init__()
@@ -56,8 +61,9 @@ class Posterior(torch.nn.Module):
 
     def forward(self, x, t):
         keep = (1 - t)[:, None, None]
-        q = (keep * (x[:, None] == self.x0) + (1 - keep) / self.V).prod(-1)                          # [B, V^L]
-        joint = torch.einsum("bs,siv->biv", q * self.logits.softmax(0), torch.nn.functional.one_hot(self.x0, self.V).float())
+        q = (keep * (x[:, None] == self.x0) + (1 - keep) / self.V).prod(-1)         # [B, V^L]
+        one_hot = F.one_hot(self.x0, self.V).float()
+        joint = torch.einsum("bs,siv->biv", q * self.logits.softmax(0), one_hot)
         return (joint / joint.sum(-1, keepdim=True)).clamp(min=1e-30).log()
 
 
@@ -67,7 +73,7 @@ def random_law(V, L, seed=0, spread=1.0):
 
 
 def chi_square(tokens, law, V):
-    """p-value of the samples [B, L] under law [V**L]; cells that expect fewer than five are pooled."""
+    """p-value of the samples [B, L] under law [V**L]; cells that expect less than 5 are pooled."""
     expected = law.detach().double() * len(tokens)
     counts = torch.bincount(rank(tokens, V), minlength=len(law)).double()
     small = expected < 5
@@ -80,26 +86,78 @@ def chi_square(tokens, law, V):
     return torch.special.gammaincc((keep.sum().double() - 1) / 2, statistic / 2).item()
 
 
-def flat_gradient(value, model):
-    grads = torch.autograd.grad(value, list(model.parameters()), allow_unused=True)
-    return torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten() for g, p in zip(grads, model.parameters())])
+def gradient(value, model):
+    """Of a scalar, as one vector."""
+    parameters = list(model.parameters())
+    grads = torch.autograd.grad(value, parameters, allow_unused=True, retain_graph=True)
+    parts = [torch.zeros_like(p) if g is None else g for g, p in zip(grads, parameters)]
+    return torch.cat([part.flatten() for part in parts])
+
+
+def kl(p, q):
+    return (torch.xlogy(p, p) - torch.xlogy(p, q)).sum().item()
 
 
 @torch.no_grad()
-def plain_loop(process, model, x, steps, time=None, noise=None):
-    """Ancestral sampling as it is usually written, N passes with a softmax at every slot -> tokens [B, L].
+def plain_loop(process, model, x, steps, time=None):
+    """Ancestral sampling as it is usually written: N passes, a softmax at every slot -> [B, L].
 
-    Each masked slot of x is revealed in the step from t to s with chance (alpha_s - alpha_t) / (1 - alpha_t). Given reveal
-    times and Gumbel noise, it uses them instead of drawing its own."""
+    A masked slot is revealed in the step from t to s with chance (alpha_s - alpha_t)/(1 - alpha_t),
+    or, with reveal times given, at its own time."""
     for k in range(steps, 0, -1):
         t, s = torch.full((len(x),), k / steps), torch.full((len(x),), (k - 1) / steps)
-        p = model(x, t).softmax(dim=-1)                                                              # [B, L, V]
-        g = -torch.empty_like(p).exponential_().log() if noise is None else noise
-        y = (p.log() + g).argmax(dim=-1)
-        if time is None:
-            hazard = ((process.alpha(s) - process.alpha(t)) / (1 - process.alpha(t)))[:, None]
-            now = torch.rand(x.shape) < hazard
-        else:
+        p = model(x, t).softmax(dim=-1)                                             # [B, L, V]
+        y = torch.multinomial(p.flatten(0, 1), 1).view_as(x)
+        chance = ((process.alpha(s) - process.alpha(t)) / (1 - process.alpha(t)))[:, None]
+        now = torch.rand(x.shape) < chance
+        if time is not None:
             now = (time * steps).round() == k
+            y = p.argmax(dim=-1)
         x = torch.where((x == process.mask) & now, y, x)
     return x
+
+
+def every_path(process, model, L, steps=None, prompt=None):
+    """Every path of the sampler -> (path, the logarithm of what else than tokens was drawn [B]).
+
+    The probability of a path is exp(that + sum of path.logp). absorb: all tokens, and all orders of
+    the reveals, or all reveal times of the grid; uniform: all sequences of states."""
+    V = process.vocab_size
+    prompt = torch.full((L,), V) if prompt is None else prompt
+    free = [i for i in range(L) if prompt[i] == V]
+    if hasattr(process, "mask"):
+        if steps:
+            alpha = process.alpha(torch.arange(steps + 1) / steps)
+            chance = alpha[:-1] - alpha[1:]             # of a reveal at time (k + 1) / N
+            times = [[(k + 1) / steps for k in ks]
+                     for ks in itertools.product(range(steps), repeat=len(free))]
+            other = [sum(chance[round(t * steps) - 1].log().item() for t in row) for row in times]
+        else:
+            times = [[(k + 1) / (L + 1) for k in ks] for ks in itertools.permutations(range(len(free)))]
+            other = [-math.log(len(times))] * len(times)
+        tokens = [[v for v in values] for values in itertools.product(range(V), repeat=len(free))]
+        pairs = list(itertools.product(range(len(times)), range(len(tokens))))
+        x = prompt.repeat(len(pairs), 1)
+        time = torch.full((len(pairs), L), math.inf)
+        x[:, free] = torch.tensor([tokens[b] for _, b in pairs])
+        time[:, free] = torch.tensor([times[a] for a, _ in pairs])
+        path = Path(x, time, torch.zeros_like(time), V)
+        other = torch.tensor([other[a] for a, _ in pairs])
+    else:
+        given = (prompt < V)
+        states = sequences(V, L)
+        states = states[(states == prompt)[:, given].all(dim=1)]
+        index = torch.tensor(list(itertools.product(range(len(states)), repeat=steps + 1)))
+        B = len(index)
+        time = torch.arange(steps, -1, -1) / steps
+        path = GridPath(states[index].transpose(0, 1).to(torch.uint8), time,
+                        torch.zeros(B, steps, L), given.expand(B, L))
+        other = torch.full((B,), -math.log(len(states)))
+    with torch.no_grad():
+        path.logp = process.replay(model, path)
+    return path, other
+
+
+def probability(path, other, logp=None):
+    """Of every path; with logp (differentiable, shaped as path.logp) that under its model -> [B]."""
+    return (other + (path.logp if logp is None else logp).flatten(1).sum(dim=1)).exp()

@@ -1,50 +1,67 @@
-"""The absorbing chain against enumeration. Seeds are fixed; a law is rejected at p < 1e-3."""
+"""Both chains against enumeration. Seeds are fixed; a law is rejected at p < 1e-3."""
 import itertools
 import math
 
 import pytest
 import torch
 
+import diffusion
 import sepo
-from diffusion import Absorbing, Uniform, event_index, stratified
-from exact import (Table, chi_square, network, plain_loop, posterior_table, random_law, rank, sequences)
+from diffusion import SCHEDULES, Absorbing, Uniform, event_index, pick, stratified
+from exact import (Posterior, Table, chi_square, every_path, kl, network, plain_loop,
+                   posterior_table, probability, random_law, rank, sequences)
 
 P_MIN = 1e-3
+CHAINS = [Absorbing, Uniform]
+PROMPT = torch.tensor([3, 1, 3, 0])
 
 
-# ---- laws -------------------------------------------------------------------------------------------------------------
+def model_for(chain, V, L, **config):
+    return network(V, L, time_conditioning=chain is Uniform, **config)
 
-@pytest.mark.parametrize("steps", [None, 1, 2, 5])
-def test_samples_follow_the_exact_law(steps):
-    model, process = network(3, 4), Absorbing(3)
+# -----------------------------------------------------------------------------
+# laws of the samplers
+
+
+@pytest.mark.parametrize("chain, steps, prompt", [
+    (Absorbing, None, None), (Absorbing, 1, None), (Absorbing, 2, None), (Absorbing, 5, None),
+    (Absorbing, None, PROMPT), (Absorbing, 3, PROMPT),
+    (Uniform, 1, None), (Uniform, 4, None), (Uniform, 3, PROMPT)])
+def test_samples_follow_the_exact_law(chain, steps, prompt):
+    model, process = model_for(chain, 3, 4), chain(3)
     torch.manual_seed(1)
-    law = process.exact_law(model, 4, steps)
+    law = process.exact_law(model, 4, steps, prompt)
+    path = process.sample(model, 20_000, 4, steps, prompt)
     assert law.sum().item() == pytest.approx(1, abs=1e-5)
-    assert chi_square(process.sample(model, 40_000, 4, steps).tokens, law, 3) > P_MIN
+    assert chi_square(path.tokens, law, 3) > P_MIN
+    if prompt is not None:
+        assert (path.tokens == prompt)[:, prompt < 3].all()
 
 
-def test_the_grid_changes_the_law_and_chi_square_sees_it():
+@pytest.mark.parametrize("chain, steps, prompt", [
+    (Absorbing, None, None), (Absorbing, 3, None), (Absorbing, None, torch.tensor([2, 1, 2])),
+    (Uniform, 2, None), (Uniform, 2, torch.tensor([2, 1, 2]))])
+def test_the_exact_law_is_the_sum_over_every_path(chain, steps, prompt):
+    V, L = 2, 3
+    model, process = model_for(chain, V, L), chain(V)
+    path, other = every_path(process, model, L, steps, prompt)
+    p = probability(path, other)
+    law = torch.zeros(V ** L).index_add(0, rank(path.tokens, V), p)
+    assert torch.allclose(law, process.exact_law(model, L, steps, prompt), atol=1e-6)
+
+
+def test_a_grid_changes_the_law_and_chi_square_sees_it():
     model, process = network(3, 4), Absorbing(3)
     torch.manual_seed(2)
-    tokens = process.sample(model, 40_000, 4, steps=1).tokens
+    tokens = process.sample(model, 20_000, 4, steps=1).tokens
     assert chi_square(tokens, process.exact_law(model, 4), 3) < 1e-6
 
 
-@pytest.mark.parametrize("steps", [None, 3])
-def test_prompt_is_kept_and_the_rest_follows_the_conditional_law(steps):
-    model, process = network(3, 4), Absorbing(3)
-    prompt = torch.tensor([3, 1, 3, 0])
-    torch.manual_seed(3)
-    path = process.sample(model, 40_000, 4, steps, prompt)
-    assert (path.tokens[:, [1, 3]] == torch.tensor([1, 0])).all()
-    assert chi_square(path.tokens, process.exact_law(model, 4, steps, prompt), 3) > P_MIN
-
-
-def test_time_conditioned_samples_follow_the_exact_law():
+def test_time_conditioned_masks_follow_the_exact_law_on_a_grid():
     model, process = network(3, 3, time_conditioning=True), Absorbing(3)
     torch.manual_seed(4)
     law = process.exact_law(model, 3, 4)
-    assert chi_square(process.sample(model, 40_000, 3, 4).tokens, law, 3) > P_MIN
+    assert chi_square(process.sample(model, 20_000, 3, 4).tokens, law, 3) > P_MIN
     with pytest.raises(ValueError, match="needs a time"):
         process.exact_law(model, 3)
 
@@ -52,160 +69,167 @@ def test_time_conditioned_samples_follow_the_exact_law():
 def test_the_plain_loop_follows_the_exact_law():
     model, process = network(3, 3), Absorbing(3)
     torch.manual_seed(5)
-    tokens = plain_loop(process, model, torch.full((40_000, 3), 3), steps=3)
+    tokens = plain_loop(process, model, torch.full((20_000, 3), 3), steps=3)
     assert chi_square(tokens, process.exact_law(model, 3, 3), 3) > P_MIN
 
 
-def test_consistent_model_has_its_own_law_whatever_the_grid():
+def test_a_consistent_model_has_its_own_law():
     p0, process = random_law(3, 3), Absorbing(3)
-    assert torch.allclose(process.exact_law(posterior_table(p0, 3, 3), 3), p0, atol=1e-6)
-    product = torch.einsum("a,b,c->abc", *torch.rand(3, 3).softmax(1)).flatten()       # independent slots: no grid error
-    assert torch.allclose(process.exact_law(posterior_table(product, 3, 3), 3, steps=2), product, atol=1e-6)
+    model = posterior_table(p0, 3, 3)
+    assert torch.allclose(process.exact_law(model, 3), p0, atol=1e-6)
+    slots = torch.rand(3, 3, generator=torch.Generator().manual_seed(0)).softmax(1)
+    product = torch.einsum("a,b,c->abc", *slots).flatten()      # independent: no grid error
+    law = process.exact_law(posterior_table(product, 3, 3), 3, steps=2)
+    assert torch.allclose(law, product, atol=1e-6)
 
 
-def test_exact_law_is_differentiable():
-    table, process = Table(2, 2), Absorbing(2)
-    direction = torch.randn(table.logits.shape, generator=torch.Generator().manual_seed(0))
-    f = lambda h: (process.exact_law(Table(2, 2, (table.logits + h * direction).detach()), 2) * torch.arange(4.)).sum()
-    value = (process.exact_law(table, 2) * torch.arange(4.)).sum()
-    slope = (torch.autograd.grad(value, table.logits)[0] * direction).sum()
-    assert slope.item() == pytest.approx(((f(1e-2) - f(-1e-2)) / 2e-2).item(), abs=1e-3)
+def test_the_uniform_posterior_gives_back_the_data_as_the_grid_gets_finer():
+    p0 = random_law(3, 3)
+    model = Posterior(p0, 3, 3)
+    gap = [kl(p0, Uniform(3).exact_law(model, 3, N).detach()) for N in (4, 16, 64)]
+    assert gap[0] > 4 * gap[1] > 16 * gap[2] and gap[2] < 1e-3
 
 
-# ---- the event loop -----------------------------------------------------------------------------------------------------
+def test_the_uniform_law_is_the_product_of_transition_matrices():
+    """Written out from Bayes: p(y|x) = prod_i sum_a p(a|x) q_s(y_i|a) q_{t|s}(x_i|y_i) / q_t(x_i|a)."""
+    V, L, N = 2, 2, 3
+    model, process, x = model_for(Uniform, V, L), Uniform(V), sequences(V, L)
+    law = torch.full((V ** L,), V ** -L)
 
-@pytest.mark.parametrize("static", [False, True])
-@pytest.mark.parametrize("time_conditioning", [False, True])
+    def q(a, b, keep):
+        return keep * (a == b) + (1 - keep) / V
+    with torch.no_grad():
+        for k in range(N, 0, -1):
+            t, s = k / N, (k - 1) / N
+            matrix = torch.ones(V ** L, V ** L)
+            p = model(x, torch.full((V ** L,), t)).softmax(-1)
+            for b, c, i in itertools.product(range(V ** L), range(V ** L), range(L)):
+                X, Y = x[b, i].item(), x[c, i].item()
+                matrix[b, c] *= sum(p[b, i, a] * q(Y, a, 1 - s) * q(X, Y, (1 - t) / (1 - s))
+                                    / q(X, a, 1 - t) for a in range(V))
+            law = law @ matrix
+        assert torch.allclose(process.exact_law(model, L, N), law, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_schedule_runs_from_one_to_zero_is_inverted_and_matters_on_a_grid_only(name):
+    alpha, inverse = SCHEDULES[name]
+    a = alpha(torch.linspace(0, 1, 101))
+    assert a[0] == pytest.approx(1, abs=1e-6) and a[-1] == pytest.approx(0, abs=1e-6)
+    assert (a.diff() < 0).all()
+    u = torch.linspace(0.001, 0.999, 101)
+    assert torch.allclose(alpha(inverse(u)), u, atol=1e-5)
+
+    model, process, linear = network(3, 4), Absorbing(3, name), Absorbing(3)
+    torch.manual_seed(0)
+    free = linear.exact_law(model, 4)
+    assert chi_square(process.sample(model, 20_000, 4).tokens, free, 3) > P_MIN
+    on_grid = process.exact_law(model, 4, 3)
+    assert chi_square(process.sample(model, 20_000, 4, 3).tokens, on_grid, 3) > P_MIN
+    assert name == "linear" or kl(on_grid, linear.exact_law(model, 4, 3)) > 1e-4
+
+# -----------------------------------------------------------------------------
+# the event loop and its paths
+
+
+@pytest.mark.parametrize("time_conditioning, conv", [(False, 0), (True, 5)])
 @pytest.mark.parametrize("steps", [16, 200])
-def test_event_loop_and_plain_loop_draw_the_same_tokens(steps, time_conditioning, static):
-    """Same reveal times, same Gumbel noise, ragged prompts (0 to 64 slots given), L = 64: the same tokens, with passes that
-    shrink and with the padded passes that a CUDA graph replays."""
+def test_event_loop_and_plain_loop_draw_the_same_tokens(steps, time_conditioning, conv):
+    """Same reveal times, same Gumbel noise (one draw per slot, so large in the logits that the
+    sampler's own noise does not count), prompts of 0 to 64 slots: the same tokens."""
     V, L, B = 7, 64, 8
-    model = network(V, L, scale=0.7, time_conditioning=time_conditioning, conv=5 if static else 0)
-    process = Absorbing(V, cuda_graph=static)
+    inner = network(V, L, scale=0.7, time_conditioning=time_conditioning, conv=conv)
+    process = Absorbing(V)
     generator = torch.Generator().manual_seed(6)
+    noise = -torch.empty(L, V).exponential_(generator=generator).log()
     given = torch.arange(L) < torch.tensor([0, 0, 5, 17, 30, 50, 63, 64])[:, None]
     x = torch.where(given, torch.randint(V, (B, L), generator=generator), V)
     time = process.reveal_times(given, steps, generator)
-    noise = -torch.empty(B, L, V).exponential_(generator=generator).log()
-    path = process.reveal(model, x, time, noise)
-    assert (path.tokens == plain_loop(process, model, x, steps, time, noise)).all()
-    assert path.n_events.tolist() == [len(set(row[row.isfinite()].tolist())) for row in time]
+
+    def model(x, t):
+        return 1e6 * (inner(x, t) + noise)
+    path = process.reveal(model, x, time)
+    assert (path.tokens == plain_loop(process, model, x, steps, time)).all()
+    distinct = [len(set(row[row.isfinite()].tolist())) for row in time]
+    assert path.n_events.tolist() == distinct
 
 
-def test_passes_are_those_of_the_longest_row_only():
+def test_passes_are_those_of_the_rows_that_are_not_done():
     process, calls = Absorbing(5), []
-    model = lambda x, t: calls.append(len(x)) or torch.zeros(*x.shape, 5)
+
+    def model(x, t):
+        calls.append(len(x))
+        return torch.zeros(*x.shape, 5)
     torch.manual_seed(7)
     path = process.sample(model, 16, 32, steps=64)
     assert len(calls) == path.n_events.max() <= 32
-    assert sum(calls) == path.n_events.sum()                # a row that is done costs nothing
+    assert sum(calls) == path.n_events.sum() == len(path.visits[0])
 
 
-@pytest.mark.parametrize("steps", [None, 3])
-@pytest.mark.parametrize("prompt", [None, torch.tensor([3, 1, 3, 0])])
-def test_replayed_passes_follow_the_law_of_the_weights_as_they_are(steps, prompt):
-    """On the CPU the captured pass is called, not replayed: its buffers, padding and reuse after an update are real."""
-    model, process = network(3, 4), Absorbing(3, cuda_graph=True)
-    torch.manual_seed(15)
-    for _ in range(2):
-        path = process.sample(model, 20_000, 4, steps, prompt)
-        assert chi_square(path.tokens, process.exact_law(model, 4, steps, prompt), 3) > P_MIN
-        assert torch.allclose(process.replay(model, path), path.logp, atol=1e-5)
-        before, kept = path.tokens.clone(), path
-        with torch.no_grad():
-            model.output.weight.mul_(-1)
-    assert (kept.tokens == before).all()
-    assert len(process.graphs) == 1                         # the second rollout found the first one's pass
-
-
-def test_one_row_computes_the_common_first_state():
-    model, process, rows = network(3, 5), Absorbing(3), []
-    hidden_at = model.hidden_at
-    model.hidden_at = lambda x, *rest: rows.append(len(x)) or hidden_at(x, *rest)
-    for prompt, first in ((None, 1), (torch.tensor([3, 3, 3, 3, 1]), 16)):
-        rows.clear()
-        path = process.sample(model, 16, 5, prompt=prompt)
-        assert rows[0] == first and rows[1:] == [16] * (len(rows) - 1)
-        assert torch.allclose(process.replay(model, path), path.logp, atol=1e-5)
-
-
-def test_bfloat16_keeps_the_log_probabilities_and_the_ratio_at_theta_old():
-    """Measured: 0.03 nats from float32 at most; rollout and update agree, though their passes have other shapes."""
-    model, process = network(27, 64, n_layer=4, n_embd=128), Absorbing(27)
-    torch.manual_seed(16)
-    path = process.sample(model, 8, 64)
-    model.autocast = torch.bfloat16
-    half = process.replay(model, path)
-    assert half.dtype == torch.float32 and 0 < (half - path.logp).abs().max() < 0.1
-    path = process.sample(model, 8, 64)
-    assert (process.replay(model, path, chunk=100) - path.logp).abs().max() < 1e-3
-
-
-@pytest.mark.parametrize("steps", [None, 4])
-@pytest.mark.parametrize("time_conditioning", [False, True])
-def test_path_rebuilds_every_state_and_its_log_probabilities(steps, time_conditioning):
+@pytest.mark.parametrize("chain, steps", [(Absorbing, None), (Absorbing, 4), (Uniform, 5)])
+def test_a_path_rebuilds_every_state_and_its_log_probabilities(chain, steps):
     V, L, B = 5, 9, 16
-    model, process = network(V, L, time_conditioning=time_conditioning), Absorbing(V)
+    model, process = network(V, L, time_conditioning=True), chain(V)
     prompt = torch.full((B, L), V)
-    prompt[3:, 2], prompt[7, :] = 1, 0                      # row 7 has nothing to draw
+    prompt[3:, 2], prompt[7, :] = 1, 0                          # row 7 has nothing to draw
     visited = []
 
     def spy(x, t):
-        visited.append((x.clone(), t))
+        visited.append((x.clone(), t.clone()))
         return model(x, t)
     torch.manual_seed(8)
     path = process.sample(spy, B, L, steps, prompt)
-    assert (path.state(int(path.n_events.max())) == path.tokens).all() and path.n_events[7] == 0
-    assert ((path.logp == 0) == path.given).all()
+    assert (path.state(int(path.n_events.max())) == path.tokens).all()
+    assert (path.logp.transpose(1, -1)[path.given] == 0).all() if chain is Uniform else \
+        ((path.logp == 0) == path.given).all()
     for j, (x, t) in enumerate(visited):
         rows = path.n_events > j
-        state = path.state(j)[rows]
-        assert sorted(state.tolist()) == sorted(x.tolist())  # as a set: the loop reorders rows
-        time = path.time.masked_fill(path.event != j, 0).amax(dim=1)[rows]
-        logp = model(state, time).log_softmax(-1).gather(-1, path.tokens[rows, :, None]).squeeze(-1)
-        drawn = (path.event == j)[rows]
-        assert torch.allclose(logp[drawn], path.logp[rows][drawn], atol=1e-5)
-    assert torch.allclose(process.replay(model, path, chunk=10), path.logp, atol=1e-5)
+        assert sorted(path.state(j)[rows].tolist()) == sorted(x.tolist())   # the loop sorts rows
+        view = path.view(rows.nonzero().squeeze(1), torch.full((int(rows.sum()),), j))
+        assert sorted(view.t.tolist()) == pytest.approx(sorted(t.tolist()))
+        logp = pick(process.log_law(model, view), view.y)
+        drawn = view.weight > 0
+        assert torch.allclose(logp[drawn], view.logp_old[drawn], atol=1e-4)
+    for chunk in (None, 10):
+        assert torch.allclose(process.replay(model, path, chunk), path.logp, atol=1e-4)
 
 
-def test_a_foreign_network_with_hidden_and_head_is_sampled_through_them():
-    class Foreign:
-        def hidden(self, x, t):
-            return torch.nn.functional.one_hot(x, 4).float()
-
-        def head(self, h):
-            return h[..., :3] * 0 + torch.tensor([0., 50., 0.])
-    torch.manual_seed(9)
-    path = Absorbing(3).sample(Foreign(), 4, 5)
-    assert (path.tokens == 1).all() and torch.allclose(path.logp, torch.zeros(4, 5))
+def test_path_view_draws_every_event_equally_often_and_weighs_it_by_their_number():
+    process, model = Absorbing(2), Table(2, 3)
+    path = process.sample(model, 300, 3)
+    path.time[:] = torch.tensor([0.2, 0.9, 0.5])
+    path = diffusion.Path(path.tokens, path.time, path.logp, 2)
+    for events in (1, 3):
+        view = process.path_view(path, events)
+        assert view.slots.flatten().bincount().tolist() == [100 * events] * 3
+        assert (view.weight == 3 / events).all()
 
 
 def test_a_path_with_nothing_to_draw():
-    """Every slot given: no events, no error, and a loss of zero in every way of scoring."""
-    model, process = network(3, 4, time_conditioning=True), Absorbing(3)
-    path = process.sample(model, 5, 4, 8, torch.tensor([0, 1, 2, 0]))
+    model, process = network(3, 4), Absorbing(3)
+    path = process.sample(model, 5, 4, prompt=torch.tensor([0, 1, 2, 0]))
     assert (path.tokens == torch.tensor([0, 1, 2, 0])).all() and (path.n_events == 0).all()
     assert (process.replay(model, path) == 0).all()
-    for loss in (sepo.sepo_loss(process, model, path, torch.ones(5)), sepo.loop_loss(process, model, path, torch.ones(5)),
-                 sepo.loop_loss(process, model, path, torch.ones(5), events=1)):
-        assert loss[0] == 0
+    view = process.path_view(path)
+    assert sepo.sepo_loss(process, model, path, torch.ones(5), view=view)[0] == 0
+    assert sepo.loop_loss(process, model, path, torch.ones(5), view=view)[0] == 0
 
 
 def test_a_fine_grid_near_time_zero_stays_finite():
     """alpha(1/N) rounds to 1 there."""
-    x, t = torch.tensor([[0, 3, 1]]), torch.full((1,), 1e-8)
-    for process in (Absorbing(3, "cosine"), Uniform(3, "cosine")):
-        model = network(3, 3, time_conditioning=True)
-        kernel = process.kernel(model, x.clamp(max=3 if isinstance(process, Absorbing) else 2), t, torch.zeros(1))
-        assert kernel.isfinite().all() and torch.allclose(kernel.sum(-1), torch.ones(1, 3), atol=1e-4)
+    model = network(3, 3, time_conditioning=True)
+    for process, x in ((Absorbing(3, "cosine"), [[0, 3, 1]]), (Uniform(3, "cosine"), [[0, 2, 1]])):
+        t, s = torch.full((1,), 1e-8), torch.zeros(1)
+        kernel = process.kernel(model, torch.tensor(x), t, s)
+        assert torch.allclose(kernel.sum(-1), torch.ones(1, 3), atol=1e-4)
 
 
-def test_a_foreign_network_may_call_a_layer_hidden():
+def test_a_users_network_may_have_layers_named_hidden_and_head():
     class Foreign(torch.nn.Module):
         def __init__(self):
             super().__init__()
             self.hidden = torch.nn.Linear(4, 3)
+            self.head = torch.nn.Linear(3, 3)
 
         def forward(self, x, t):
             return self.hidden(torch.nn.functional.one_hot(x, 4).float())
@@ -213,8 +237,37 @@ def test_a_foreign_network_may_call_a_layer_hidden():
     assert Absorbing(3).sample(Foreign(), 4, 5).tokens.max() < 3
 
 
+def test_forbidden_tokens_and_padding_give_no_nan():
+    """Logits of -inf: a token that is never drawn, and a slot of which nothing is known."""
+    process = Absorbing(3)
+
+    def model(x, t):
+        logits = torch.zeros(*x.shape, 3, requires_grad=True) + 0
+        logits[..., 2] = -math.inf
+        logits[x == 0] = -math.inf                              # revealed slots, as some models do
+        return logits
+    path = process.sample(model, 50, 4, steps=2)
+    assert (path.tokens < 2).all()
+    assert process.replay(model, path).isfinite().all()
+    loss, _ = sepo.sepo_loss(process, model, path, torch.ones(50), entropy=0.1, beta=0.1,
+                             view=process.path_view(path), reference=model)
+    assert loss.isfinite()
+
+
+def test_bfloat16_keeps_the_log_probabilities():
+    model, process = network(27, 64, n_layer=4, n_embd=128), Absorbing(27)
+    torch.manual_seed(16)
+    path = process.sample(model, 8, 64)
+    model.autocast = torch.bfloat16
+    half = process.replay(model, path)
+    assert half.dtype == torch.float32 and 0 < (half - path.logp).abs().max() < 0.2
+    path = process.sample(model, 8, 64)
+    assert (process.replay(model, path, chunk=100) - path.logp).abs().max() < 1e-2
+
+
 def test_event_index_by_hand():
-    time = torch.tensor([[0.5, 1.0, 0.5, 0.25], [float("inf"), 0.1, 0.2, float("inf")], [float("inf")] * 4])
+    inf = math.inf
+    time = torch.tensor([[0.5, 1.0, 0.5, 0.25], [inf, 0.1, 0.2, inf], [inf] * 4])
     assert event_index(time).tolist() == [[1, 0, 1, 2], [-1, 1, 0, -1], [-1] * 4]
 
 
@@ -222,102 +275,239 @@ def test_stratified_puts_one_uniform_in_each_cell():
     u = stratified(50, torch.Generator().manual_seed(0))
     assert (u.mul(50).long().sort().values == torch.arange(50)).all() and u.max() < 1
 
-
-# ---- score, loss, forward process -----------------------------------------------------------------------------------------
-
-def test_corrupt_masks_at_the_rate_of_the_schedule():
-    torch.manual_seed(10)
-    t = torch.tensor([0.0, 0.3, 1.0])
-    x = Absorbing(4).corrupt(torch.zeros(3, 40_000, dtype=torch.long), t)
-    share = (x == 4).float().mean(dim=1)
-    assert share[0] == 0 and share[2] == 1
-    assert abs(share[1] - 0.3) < 4 * math.sqrt(0.3 * 0.7 / 40_000)
+# -----------------------------------------------------------------------------
+# forward process, score, loss, bound
 
 
-def test_log_score_is_the_ratio_of_the_noised_law():
-    """Under the true posterior, s(x, t)_{i,v} = p_t(x with slot i set to v) / p_t(x), by enumeration."""
-    V, L, t = 3, 3, 0.4
-    p0, process = random_law(V, L), Absorbing(V)
-    model, x, states = posterior_table(p0, V, L), sequences(V, L), sequences(V + 1, L)
-    q = torch.where(states[:, None] == V, t, torch.where(states[:, None] == x, 1 - t, 0.0)).prod(-1)  # q_t(state | x)
-    p_t = (q * p0).sum(-1)
+@pytest.mark.parametrize("chain", CHAINS)
+def test_corrupt_keeps_a_letter_at_the_rate_of_the_schedule(chain):
+    torch.manual_seed(5)
+    n, t = 20_000, torch.tensor([0.0, 0.4, 1.0])
+    x = chain(4).corrupt(torch.zeros(3, n, dtype=torch.long), t)
+    expected = (1 - t) + (t / 4 if chain is Uniform else 0)
+    error = (expected * (1 - expected) / n).sqrt()
+    assert (((x == 0).float().mean(dim=1) - expected).abs() <= 4 * error).all()
+
+
+def at_level(chain, t, V=2, L=3):
+    """A consistent model, its chain, all states and their law p_t."""
+    p0, x, W = random_law(V, L, spread=1.5), sequences(V, L), V + (chain is Absorbing)
+    y = sequences(W, L)[:, None]
+    if chain is Absorbing:
+        return (posterior_table(p0, V, L), chain(V), sequences(W, L),
+                torch.where(y == V, t, (1 - t) * (x == y)).prod(-1) @ p0)
+    return Posterior(p0, V, L), chain(V), sequences(W, L), ((1 - t) * (x == y) + t / V).prod(-1) @ p0
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+def test_log_score_is_the_ratio_of_the_noised_law(chain):
+    V, L, t = 3, 2, 0.3
+    model, process, states, p_t = at_level(chain, t, V, L)
+    W = states.max().item() + 1
     log_s = process.log_score(model, states, torch.full((len(states),), t)).detach()
     for n, i, v in itertools.product(range(len(states)), range(L), range(V)):
-        if states[n, i] == V:
-            neighbour = states[n].clone()
-            neighbour[i] = v
-            assert log_s[n, i, v].exp() == pytest.approx((p_t[rank(neighbour[None], V + 1)] / p_t[n]).item(), rel=1e-4)
-        else:
+        y = states[n].clone()
+        y[i] = v
+        if chain is Absorbing and states[n, i] < V:             # a revealed slot cannot change
             assert log_s[n, i, v] == (0 if v == states[n, i] else -math.inf)
+        else:
+            ratio = (p_t[rank(y[None], W)] / p_t[n]).item()
+            assert log_s[n, i, v].exp().item() == pytest.approx(ratio, rel=1e-3)
 
 
-def test_score_entropy_of_the_derived_score_is_the_weighted_cross_entropy():
-    """SEDD's integrand, written out with rates and ratios, against MDLM's, at every masked pattern of random x0 and t."""
+def score_entropy(s, r):
+    """SEDD's integrand, without the rate."""
+    return s - r * s.log() + r * (r.log() - 1)
+
+
+def test_the_absorbing_loss_is_score_entropy_and_weighted_cross_entropy():
+    """At every masked slot, sum_v rate * integrand(s_v, r_v), r_v = [v = x0] alpha / (1 - alpha):
+    the terms without x0 sum to a constant, so it is -log p(x0) times alpha / (1 - alpha)."""
     V, L = 5, 6
     model, process = network(V, L), Absorbing(V)
     generator = torch.Generator().manual_seed(11)
-    x0, t = torch.randint(V, (64, L), generator=generator), 0.05 + 0.9 * torch.rand(64, generator=generator)
+    x0 = torch.randint(V, (64, L), generator=generator)
+    t = 0.05 + 0.9 * torch.rand(64, generator=generator)
     x = process.corrupt(x0, t, generator)
-    masked, rate = x == V, 1 / (1 - t)[:, None]                                       # sigma'(t), for alpha = 1 - t
-    s = process.log_score(model, x, t)
-    r = torch.nn.functional.one_hot(x0, V) * ((1 - t) / t)[:, None, None]             # q(y | x0) / q(x | x0)
-    entropy = s.exp() - r * s + torch.xlogy(r, r) - r              # SEDD's score entropy, K(r) = r (log r - 1)
-    sedd = (rate * masked * entropy.sum(-1).nan_to_num()).sum(1)
-    logp = model(x, t).log_softmax(-1).gather(-1, x0[..., None]).squeeze(-1)
-    mdlm = -(masked * logp).sum(1) / t                                                # -alpha' / (1 - alpha) = 1 / t
-    assert masked.any(1).sum() > 40 and torch.allclose(sedd, mdlm, rtol=1e-5, atol=1e-5)
+    odds = ((1 - t) / t)[:, None].double()
+    s = process.log_score(model, x, t).exp().double()                               # [B, L, V]
+    own = pick(s, x0)
+    entropy = s.sum(dim=-1) - own + score_entropy(own, odds)
+    cross_entropy = -odds * pick(model(x, t).log_softmax(-1), x0).double()
+    masked = x == V
+    assert torch.allclose(entropy[masked], cross_entropy[masked], atol=1e-4)
 
 
-def test_loss_is_the_bound_in_expectation():
-    """The mean of the loss against the bound summed over every mask pattern; the bound lies above -log of the law."""
-    V, L = 3, 4
+def test_the_mean_absorbing_loss_is_the_bound_written_out():
+    """For every x0, over all masked subsets: the mean over m of n/m times the mean over subsets of
+    size m. Slots that are given are neither masked nor scored."""
+    V, L, n = 2, 3, 20_000
     model, process = network(V, L), Absorbing(V)
-    x0 = torch.tensor([[0, 2, 1, 1]])
-    bound = 0.0
-    for pattern in itertools.product([False, True], repeat=L):
-        masked, m = torch.tensor([pattern]), sum(pattern)
-        if m:                            # a level m is uniform on 1..L, a pattern uniform given m, its weight L / m
-            logp = model(torch.where(masked, V, x0), torch.zeros(1)).log_softmax(-1).gather(-1, x0[..., None]).squeeze(-1)
-            bound -= (logp * masked).sum().item() / m / math.comb(L, m)
-    torch.manual_seed(12)
+    x0 = torch.tensor([1, 0, 1])
+    torch.manual_seed(3)
+    for given in (torch.tensor([False] * 3), torch.tensor([True, False, False])):
+        free = [i for i in range(L) if not given[i]]
+        bound = 0.0
+        for m in range(1, len(free) + 1):
+            subsets = list(itertools.combinations(free, m))
+            for subset in subsets:
+                x = x0.clone()
+                x[list(subset)] = V
+                logp = model(x[None])[0].log_softmax(-1)[list(subset), x0[list(subset)]].sum()
+                bound -= logp.item() / m / len(subsets)
+        with torch.no_grad():
+            losses = process.losses(model, x0.expand(n, L), given=given.expand(n, L))
+        assert abs(losses.mean().item() - bound) < 4 * losses.std().item() / n ** 0.5
+
+
+def test_the_uniform_loss_is_score_entropy_in_sedd_form():
+    """The integrand written out with rates 1/V and ratios, at the noise that the loss itself drew."""
+    V, L, B = 4, 5, 64
+    model, process, seen = model_for(Uniform, V, L), Uniform(V), []
+    corrupt = process.corrupt
+
+    def spy(x0, t, generator=None):
+        seen.append((corrupt(x0, t, generator), t))
+        return seen[0][0]
+    process.corrupt = spy
+    torch.manual_seed(6)
+    x0 = torch.randint(V, (B, L))
+    losses = process.losses(model, x0)
+    x, t = seen[0]
+    s = process.log_score(model, x, t).exp().double()
+
+    def q(token):
+        return ((1 - t[:, None]) * (token == x0) + t[:, None] / V).double()
+    total = torch.zeros(B, dtype=torch.double)
+    for v in range(V):
+        r = q(torch.full_like(x0, v)) / q(x)
+        total += (score_entropy(s[..., v], r) * (x != v)).sum(1) / V / (1 - t)      # sigma' = 1/(1-t)
+    clear = t > 1e-3                                            # below, float32 rounds 1 - t
+    density = 3 * t.double() ** (2 / 3) * (1 - 1e-4 - 1e-2)     # t = w^3, dt = 3 w^2 dw
+    assert clear.sum() > 50
+    assert torch.allclose(losses.double()[clear], (total * density)[clear], rtol=1e-3)
+
+
+def test_uniform_levels_lie_above_the_cut_and_do_not_pile_up_on_it():
+    seen, process = [], Uniform(2)
+    process.corrupt = lambda x0, t, generator=None: seen.append(t) or x0
+    process.losses(lambda x, t: torch.zeros(*x.shape, 2), torch.zeros(10_000, 2, dtype=torch.long))
+    t = seen[0].double()
+    assert t.min() > 0.9 * Uniform.CUT and t.max() < 1
+    assert 0.4 < (t < 0.0100 ** 3 * 8).sum() / 10_000 / 0.0101 < 1.6       # w in [0.01, 0.02]: 1%
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_mean_uniform_loss_of_the_true_posterior_is_the_entropy(name):
+    """Whatever the schedule calls the noise level; the part below the cut is negligible."""
+    V, L, n = 3, 2, 30_000
+    p0, process = random_law(V, L), Uniform(V, name)
+    truth = Posterior(p0, V, L)
+    torch.manual_seed(1)
+    x0 = sequences(V, L)[torch.multinomial(p0, n, replacement=True)]
     with torch.no_grad():
-        losses = torch.stack([process.loss(model, x0.expand(256, L)) for _ in range(64)])
-    assert abs(losses.mean() - bound) < 4 * losses.std() / 8
-    law = process.exact_law(model, L)
-    assert bound > -law[rank(x0, V)].log().item()
-
-
-def test_loss_of_the_true_posterior_is_the_entropy():
-    """For the consistent model the bound is tight: its mean over the data is the entropy, and any other model's is larger."""
-    V, L = 3, 3
-    p0, process = random_law(V, L), Absorbing(V)
-    torch.manual_seed(13)
-    x0 = sequences(V, L)[torch.multinomial(p0, 100_000, replacement=True)]
+        losses = process.losses(lambda x, t: truth(x, 1 - process.alpha(t)), x0)
     entropy = -(p0 * p0.log()).sum().item()
-    with torch.no_grad():
-        losses = torch.stack([process.loss(posterior_table(p0, V, L), batch) for batch in x0.split(1000)])
-        other = process.loss(network(V, L), x0)
-    assert abs(losses.mean() - entropy) < 4 * losses.std() / 10
-    assert other > entropy + 0.1
+    assert abs(losses.mean().item() - entropy) < 4 * losses.std().item() / n ** 0.5
 
 
-def test_loss_given_some_slots_is_that_of_the_conditional_law():
-    """For the consistent model: minus the log-probability of the free slots given the others, for each sequence by itself."""
-    V, L = 3, 3
-    p0, process = random_law(V, L), Absorbing(V)
-    x0, given = torch.tensor([[2, 0, 1]]), torch.tensor([[True, False, False]])
-    conditional = p0[rank(x0, V)] / p0[sequences(V, L)[:, 0] == 2].sum()
-    bound, error = process.bound(posterior_table(p0, V, L), x0.expand(500, L), given=given.expand(500, L))
-    assert abs(bound.mean() + conditional.log()) < 4.5 * error.mean() / 500 ** 0.5
+def test_given_slots_are_neither_noised_nor_scored_on_the_uniform_chain():
+    V, seen = 3, []
+    inner = model_for(Uniform, V, 4)
+    x0 = torch.randint(V, (500, 4), generator=torch.Generator().manual_seed(0))
+    given = torch.tensor([True, False, False, True]).expand_as(x0)
+
+    def losses(shift):
+        def model(x, t):
+            seen.append(x)
+            return inner(x, t) + shift * given[0, :, None] * torch.arange(V)
+        with torch.no_grad():
+            return Uniform(V).losses(model, x0, torch.Generator().manual_seed(1), given)
+    assert torch.equal(losses(0), losses(3))
+    assert (seen[0][given] == x0[given]).all() and (seen[0] != x0).any()
 
 
-def test_noised_view_keeps_the_prompt_and_scores_masked_slots_only():
-    process = Absorbing(4)
-    torch.manual_seed(14)
-    x0, given = torch.randint(4, (200, 6)), torch.rand(200, 6) < 0.4
-    given[0] = True
-    view = process.noised_view(x0, given)
-    masked = view.x == 4
-    assert not (masked & given).any() and ((view.weight > 0) == masked).all()
-    assert (masked.any(1) == ~given.all(1)).all()
-    assert torch.allclose(view.weight.sum(1), (~given).sum(1).float())
+@pytest.mark.parametrize("chain, steps", [(Absorbing, None), (Uniform, 64)])
+def test_the_bound_lies_above_minus_log_of_the_exact_law(chain, steps):
+    V, L = 3, 2
+    model, process = model_for(chain, V, L, scale=0.7), chain(V)
+    torch.manual_seed(8)
+    bound, error = process.bound(model, sequences(V, L), draws=2000)
+    gap = bound + process.exact_law(model, L, steps).detach().log()
+    assert (gap > -4 * error).all() and gap.mean() > 0.005 and (error < 0.2 * bound).all()
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+def test_training_brings_the_bound_to_the_entropy(chain):
+    V, L = 3, 2
+    p0, process = random_law(V, L), chain(V)
+    torch.manual_seed(7)
+    model = model_for(chain, V, L, n_layer=1, scale=0.2).train()
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    for i in range(300):
+        optimizer.param_groups[0]["lr"] = 1e-2 * (1 - i / 300)
+        x0 = sequences(V, L)[torch.multinomial(p0, 256, replacement=True)]
+        optimizer.zero_grad()
+        process.loss(model, x0).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    bound, error = process.bound(model.eval(), sequences(V, L), draws=2000)
+    bound, error = (p0 * bound).sum(), (p0 * error).square().sum().sqrt()
+    entropy = -(p0 * p0.log()).sum()
+    assert entropy - 4 * error < bound < 1.05 * entropy + 4 * error
+
+# -----------------------------------------------------------------------------
+# the corrector
+
+
+def move_matrix(process, model, states, t):
+    """One move of `correct`, by enumeration -> [S, S]."""
+    S, L = states.shape
+    W = states.max().item() + 1
+    time = torch.full((S,), t)
+    matrix = torch.zeros(S, S)
+    for i in range(L):
+        law = process.jump_law(model, states, time, torch.full((S, 1), i)).detach()
+        for v in range(W):
+            y = states.clone()
+            y[:, i] = v
+            matrix[torch.arange(S), rank(y, W)] += law[:, v] / L
+    return matrix + torch.diag(1 - matrix.sum(dim=1))
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+@pytest.mark.parametrize("t", [0.3, 0.7])
+def test_the_corrector_keeps_the_law_of_its_level_and_brings_others_closer(chain, t):
+    model, process, states, p_t = at_level(chain, t)
+    matrix = move_matrix(process, model, states, t)
+    assert (matrix > -1e-6).all() and torch.allclose(p_t @ matrix, p_t, atol=1e-5)
+    p, distance = torch.zeros_like(p_t), []
+    p[0] = 1
+    for _ in range(20):
+        distance.append(kl(p, p_t))
+        p = (p @ matrix).clamp(min=0)
+    assert all(b < a for a, b in zip(distance, distance[1:])) and distance[-1] < 0.5 * distance[0]
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+def test_the_corrector_draws_from_its_matrix_and_keeps_what_is_given(chain):
+    model, process, states, _ = at_level(chain, 0.4)
+    matrix = torch.linalg.matrix_power(move_matrix(process, model, states, 0.4), 3)
+    torch.manual_seed(9)
+    x = process.correct(model, states[1].expand(20_000, 3), 0.4, 3)
+    assert chi_square(x, matrix[1], states.max().item() + 1) > P_MIN
+    given = torch.tensor([True, False, False]).expand(500, 3)
+    y = process.correct(model, states[1].expand(500, 3), 0.4, 9, given)
+    assert (y[:, 0] == states[1, 0]).all() and (y[:, 1:] != states[1, 1:]).any()
+
+
+@pytest.mark.parametrize("chain, steps", [(Absorbing, None), (Absorbing, 64), (Uniform, 256)])
+def test_sampling_with_a_corrector_has_the_law_of_a_consistent_model(chain, steps):
+    p0 = random_law(2, 3, spread=1.5)
+    model = posterior_table(p0, 2, 3) if chain is Absorbing else Posterior(p0, 2, 3)
+    process = chain(2)
+    torch.manual_seed(12)
+    path = process.sample(model, 5000, 3, steps, corrector=(5, 0.4))
+    assert chi_square(path.tokens, p0, 2) > P_MIN and (path.tokens < 2).all()
+    assert torch.allclose(process.replay(model, path), path.logp, atol=1e-4)
+    assert path.time.masked_fill(path.time.isinf(), 0).max() <= 0.41
