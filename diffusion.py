@@ -63,9 +63,11 @@ class View:
         """Micro-batches of at most `size` states (0: no limit)."""
         if not size:
             return [self]
+        return [self.take(slice(i, i + size)) for i in range(0, len(self.row), size)]
+
+    def take(self, rows):
         present = {name: part for name, part in vars(self).items() if part is not None}
-        starts = range(0, len(self.row), size)
-        return [replace(self, **{k: v[i:i + size] for k, v in present.items()}) for i in starts]
+        return replace(self, **{name: part[rows] for name, part in present.items()})
 
 
 class Visits:
@@ -420,14 +422,26 @@ class Absorbing(Chain):
         is_masked = x.gather(1, slot) == self.mask
         return torch.where(is_masked, to_token, to_mask) / odds.clamp(min=1)
 
+    def freed_view(self, path):
+        """The final samples [B, L] with one slot masked again, for every slot -> View, n = B L."""
+        B, L = path.tokens.shape
+        row = torch.arange(B, device=path.tokens.device).repeat_interleave(L)
+        slots = torch.arange(L, device=row.device).repeat(B)[:, None]                   # [B L, 1]
+        x = path.tokens[row]
+        free = ~path.given[row].gather(1, slots)
+        t = torch.zeros(B * L, device=row.device)
+        return View(row, x.scatter(1, slots, self.mask), t, slots, x.gather(1, slots), free.float())
+
     def terminal_view(self, path, generator=None):
         """The final samples with one random free slot masked again (t -> 0) -> View."""
-        x, free = path.tokens, ~path.given
-        u = torch.rand(x.shape, generator=generator, device=x.device).masked_fill(~free, -1)
-        slots = u.argmax(dim=1, keepdim=True)                                           # [B, 1]
-        weight = (free.sum(dim=1, keepdim=True) * free.gather(1, slots)).float()
-        row, t = torch.arange(len(x), device=x.device), torch.zeros(len(x), device=x.device)
-        return View(row, x.scatter(1, slots, self.mask), t, slots, x.gather(1, slots), weight)
+        B, L = path.tokens.shape
+        free = (~path.given).float()
+        u = torch.rand(free.shape, generator=generator, device=free.device)
+        slot = (u * free).argmax(dim=1)                                                 # [B]
+        view = self.freed_view(path)
+        view = view.take(torch.arange(B, device=slot.device) * L + slot)
+        view.weight = view.weight * free.sum(dim=1, keepdim=True)
+        return view
 
     # exact law
 
@@ -597,13 +611,16 @@ class Uniform(Chain):
         largest = 1 + 1 / (1 - self.alpha(t))[:, None]
         return ((1 + score) / self.vocab_size / largest).scatter(1, token, 0)
 
-    def terminal_view(self, path, generator=None):
+    def freed_view(self, path):
         """The final samples at a low noise level, every slot scored -> View."""
         x = path.tokens
         row = torch.arange(len(x), device=x.device)
         slots = torch.arange(x.size(1), device=x.device).expand_as(x)
         t = self.alpha_inverse(torch.full((len(x),), 1 - self.TERMINAL_NOISE, device=x.device))
         return View(row, x, t, slots, x, (~path.given).float())
+
+    def terminal_view(self, path, generator=None):
+        return self.freed_view(path)
 
     # exact law
 

@@ -147,7 +147,7 @@ def load_run(file):
 # what a run has learnt; train.py calls these
 
 def held_out_data(task, n, seed):
-    """Up to n sequences that pre-training does not see (its data if none are held out) -> [n, L]."""
+    """At most n sequences that pre-training does not see, if there are some -> [n, L]."""
     draw = task.held or task.data
     return draw(n, torch.Generator().manual_seed(seed + 1))[:n]
 

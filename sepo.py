@@ -105,6 +105,7 @@ def draw_view(process, path, states, events=1, generator=None):
     path      a state that the sampler visited, and the slots that it revealed there
     noised    x_t ~ q(. | x0) at a random level, all masked slots at once (a likelihood bound)
     terminal  the final sample with one slot freed (t -> 0): a pseudo-likelihood
+    (The fourth choice of --states, the published estimator, is `neighbours_loss`.)
     """
     if states == "path":
         return process.path_view(path, events, generator)
@@ -174,6 +175,61 @@ def sepo_loss(process, model, path, advantages, states="path", clip=0.2, clip_mo
     return loss, stats_of(active, view.weight, n_states)
 
 # -----------------------------------------------------------------------------
+# SEPO's published estimator: all sequences that differ from the sample in one slot
+
+def neighbours(process, model, path, exact=False, steps=None, M=2):
+    """What the estimator needs of a model, at the final samples x [B, L]
+    -> log s(x)_y [B, L, V], p(y) [B, L, V] without gradient, states through the network.
+
+    y is x with slot i set to v. s is the ratio of the slot laws at t -> 0. p(y): with `exact` the
+    law of the sampler (small spaces; steps: its grid); else by self-normalized importance sampling
+    as in the paper: M sequences z ~ pi(. | y) from the network's slot laws at y, weighed by
+    pi(z) / pi(z | y) with pi(z) ~ 1 / pi(z | z), all factors at the slot that was changed."""
+    x, V = path.tokens, process.vocab_size
+    B, L = x.shape
+    log_w = process.log_law(model, process.freed_view(path)).view(B, L, V)
+    log_s = log_w - pick(log_w, x)[..., None]
+    slot = torch.arange(L, device=x.device)
+    y = x[:, None, None].repeat(1, L, V, 1)                                     # [B, L, V, L]
+    y[:, slot, :, slot] = torch.arange(V, device=x.device)                              # y_i = v
+    with torch.no_grad():
+        if exact:
+            law = process.exact_law(model, L, steps)
+            place = V ** torch.arange(L - 1, -1, -1, device=x.device)
+            return log_s, law[(y * place).sum(dim=-1)], B * L + (V + 1) ** L
+        time = torch.zeros(B * L * V, device=x.device)
+        pi = model(y.view(-1, L), time).softmax(dim=-1)                           # [BLV, L, V]
+        z = torch.multinomial(pi.flatten(0, 1), M, replacement=True).view(-1, L, M)
+        z = z.transpose(1, 2)                                                     # [BLV, M, L]
+        at_y = pi.log()[:, None].expand(-1, M, -1, -1)
+        at_z = model(z.reshape(-1, L), time.repeat(M)).log_softmax(dim=-1).view(-1, M, L, V)
+        slots = slot.repeat_interleave(V).repeat(B)[:, None, None].expand(-1, M, 1)
+        given_y = pick(at_y, z).gather(2, slots).squeeze(2)                             # [BLV, M]
+        given_z = pick(at_z, z).gather(2, slots).squeeze(2)
+        weight = (-given_z - given_y).softmax(dim=1)
+        p = (weight * given_y.exp()).sum(dim=1).view(B, L, V)
+    return log_s, p, B * L * (1 + V + M * V)
+
+
+def neighbours_loss(process, model, path, advantages, old, clip=0.2, exact=False, steps=None):
+    """The published loss (SEPO, 2502.01384) -> (loss, stats); old: `neighbours` of the policy that
+    drew the path.
+
+    E_x[sum_{y != x} p(y) min(r A, clip(r) A) log s(x)_y] with r = (p/p_old)(s_old/s), all but log s
+    detached. The identity behind it sums over all sequences y; restricted to those that differ in
+    one slot it is biased, and what tells `path` from it is that a line is conditioned on."""
+    log_s_old, p_old, _ = old
+    log_s, p, passes = neighbours(process, model, path, exact, steps)
+    ratio = p / p_old.clamp(min=1e-30) * (log_s_old - log_s).exp()
+    A = advantages[:, None, None]
+    capped = ratio.clamp(1 - clip, 1 + clip) * A
+    coefficient = p * torch.minimum(ratio * A, capped)
+    is_other = torch.arange(log_s.size(-1), device=p.device) != path.tokens[..., None]
+    loss = (coefficient.detach() * log_s * is_other).sum() / len(path.tokens)
+    extra = 2 * path.tokens.numel()                     # the backward pass through log s
+    return loss, stats_of(ratio * A > capped, is_other, passes + extra)
+
+# -----------------------------------------------------------------------------
 # LOOP, REINFORCE, PRDP
 
 def loop_loss(process, model, path, advantages, clip=0.2, view=None):
@@ -225,8 +281,8 @@ class Exact:
     """Ground truth by enumeration: J of a model, beside the best that any law of the sample can do.
 
     Over laws p, J(p) = E_p[R] - beta KL(p || p_ref) is largest at p* ~ p_ref exp(R / beta), where
-    it is beta log E_ref exp(R / beta). share_of_optimum = (J - J_ref) / (J* - J_ref). The law is that
-    of `sample` without a corrector, and the KL that of the samples, not of the paths."""
+    it is beta log E_ref exp(R / beta). share_of_optimum = (J - J_ref) / (J* - J_ref). The law is
+    that of `sample` without a corrector, and the KL that of the samples, not of the paths."""
 
     def __init__(self, process, reference, reward, length, beta, steps=None):
         """reward: the black box, tokens [V**L, L] -> float [V**L]; asked once."""

@@ -188,10 +188,8 @@ def finetune(args, task, process, model, reference, data, evaluate, checkpoint):
         # 4. take a few optimizer steps on this rollout
         rollout = SimpleNamespace(path=path, reward=reward.float(), advantage=advantage, beta=beta,
                                   scale=scale.float(), reference=reference, logp_ref=logp_ref)
-        rollout.view = fixed_view(args, process, model, path)
-        clipped, passes = [], path.before + 2 * len(path.visits[0])
-        if rollout.view:
-            passes += len(rollout.view.row)
+        rollout.old, passes = old_policy(args, process, model, path)
+        clipped, passes = [], passes + path.before + 2 * len(path.visits[0])
         for _ in range(args.updates):
             for loss, stats in policy_losses(args, process, model, rollout):
                 loss.backward()
@@ -215,16 +213,19 @@ def finetune(args, task, process, model, reference, data, evaluate, checkpoint):
         end_iteration(args, "finetune", i, args.iters, state)
 
 
-def fixed_view(args, process, model, path):
-    """The states that all updates of a rollout score, with their log-probabilities under the
-    policy that drew them; None for --states=path, which draws new events for every update."""
+def old_policy(args, process, model, path):
+    """What every update of a rollout needs of the policy that drew it, and the passes it took;
+    None for --states=path, which draws new events for every update: path.logp holds theirs."""
     if args.algo != "sepo" or args.states == "path":
-        return None
-    view = sepo.draw_view(process, path, args.states)
+        return None, 0
     with torch.no_grad():
+        if args.states == "neighbours":
+            old = sepo.neighbours(process, model, path, args.exact_neighbours, args.steps or None)
+            return old, old[-1]
+        view = sepo.draw_view(process, path, args.states)
         logp = [pick(process.log_law(model, part), part.y) for part in view.split(args.micro_batch)]
-    view.logp_old = torch.cat(logp)
-    return view
+        view.logp_old = torch.cat(logp)
+    return view, len(view.row)
 
 
 def policy_losses(args, process, model, rollout):
@@ -234,8 +235,12 @@ def policy_losses(args, process, model, rollout):
         yield sepo.prdp_loss(process, model, path, rollout.reward, rollout.logp_ref, rollout.beta,
                              args.clip, args.clip_by_event, size)
         return
-    if rollout.view:
-        views = rollout.view.split(size)
+    if args.states == "neighbours":
+        yield sepo.neighbours_loss(process, model, path, advantage, rollout.old, args.clip,
+                                   args.exact_neighbours, args.steps or None)
+        return
+    if rollout.old:
+        views = rollout.old.split(size)
     elif args.path_events == 0:                         # every event of every path
         views = path.views(size)
     else:
@@ -484,14 +489,16 @@ def get_parser():
     add("--corrector_steps", type=whole, default=0, help="corrector moves per rollout")
     add("--corrector_t", type=real, default=0.5, help="time at which the corrector runs")
     # fine-tuning
-    add("--algo", choices=["sepo", "loop", "prdp", "reinforce"], default="sepo", help="method: see sepo.py")
+    add("--algo", choices=["sepo", "loop", "prdp", "reinforce"], default="sepo", help="method")
     add("--iters", type=count, default=100, help="rollouts")
     add("--prompts", type=count, default=1, help="prompts per rollout (P)")
     add("--group", type=count, default=128, help="samples per prompt (G)")
     add("--updates", type=count, default=16, help="optimizer steps per rollout")
     add("--lr", type=real, default=1e-3, help="initial learning rate; decays linearly to 5%%")
-    add("--states", choices=["path", "noised", "terminal"], default="path",
-        help="where SEPO takes the score")
+    add("--states", choices=["path", "noised", "terminal", "neighbours"],
+        default="path", help="where SEPO takes the score; neighbours: its published estimator")
+    add("--exact_neighbours", action="store_true",
+        help="their p(y) from the exact law (small spaces), not by importance sampling")
     add("--path_events", type=whole, default=1, help="events scored per path and update (0: all)")
     add("--advantage", choices=["grpo", "dr_grpo", "loo", "ppo", "running"], default="grpo",
         help="advantage estimator")

@@ -1,15 +1,22 @@
-"""The toy, every method or every --states, several seeds: one figure and one table.
+"""Every comparison of the README and of RESULTS.md, each with one command: a table and a figure.
 
-    python tests/compare.py                            # the four methods x 5 seeds; about 25 minutes on two cores
-    python tests/compare.py --what=states              # where to take the score; about 15 minutes
-    python tests/compare.py --picture=assets/algos.png --seeds=5 --jobs=2
+    python tests/compare.py methods         # the toy: SEPO with both clips, LOOP, PRDP, REINFORCE
+    python tests/compare.py states          # the toy: where SEPO takes the score
+    python tests/compare.py factorial       # the toy: events x updates x advantage
+    python tests/compare.py clips           # the toy: settings of the two clips, and of PRDP's
+    python tests/compare.py kl              # the toy: the KL in the return or in the loss
+    python tests/compare.py arithmetic      # every method on prompts never seen
+    python tests/compare.py dna             # every method on the dna task
+    python tests/compare.py beta            # dna: oracle and truth for several KL weights
+    python tests/compare.py cosines         # cosines with the true gradient, by enumeration
 
-The figure shows the share of the optimum (median, range over the seeds) against rewards asked and against states through the
-network, a backward pass counting two: a black box that costs hours asks for the first, a network that does, for the second.
+All variants of a seed start from one pre-trained model. Runs that --out holds already are kept:
+delete them if the code has changed. The figure goes to assets/<what>.png.
 """
 import argparse
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -17,83 +24,223 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-VARIANTS = {
-    "algos": {"sepo": [], "loop": ["--algo=loop"], "prdp": ["--algo=prdp"], "reinforce": ["--algo=reinforce"]},
-    "states": {
-        "path": ["--updates=16"],
-        "noised": ["--updates=16", "--states=noised"],
-        "noised, consistency 0.3": ["--updates=16", "--states=noised", "--consistency=0.3"],
-        "terminal": ["--updates=16", "--states=terminal"],
-    },
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+TOY = ["--task=toy", "--iters=157", "--eval_every=3", "--report_samples=0"]     # 20,096 rewards
+ARITHMETIC = ["--task=arithmetic", "--eval_every=4", "--report_samples=0"]
+DNA = ["--task=dna", "--report_samples=500"]
+NEIGHBOURS = ["--states=neighbours", "--updates=4"]
+LOOP, PRDP = ["--algo=loop"], ["--algo=prdp"]
+REINFORCE = ["--algo=reinforce"]
+
+COMPARISONS = {             # name: (flags of all runs, the column to compare, {variant: its flags})
+    "methods": (TOY, "share_of_optimum", {
+        "sepo": [], "sepo, cap": ["--clip_mode=cap", "--updates=4"], "loop": LOOP, "prdp": PRDP,
+        "reinforce": REINFORCE}),
+    "states": (TOY, "share_of_optimum", {
+        "path": [],
+        "noised": ["--states=noised"],
+        "noised, consistency 0.3": ["--states=noised", "--consistency=0.3"],
+        "terminal": ["--states=terminal"],
+        "neighbours (as published)": NEIGHBOURS,
+        "neighbours, exact p(y)": [*NEIGHBOURS, "--exact_neighbours"]}),
+    "factorial": (TOY, "share_of_optimum", {
+        f"{'1 event' if events else 'all events'}, {updates} updates, {advantage}":
+            [f"--path_events={events}", f"--updates={updates}", f"--advantage={advantage}"]
+        for events in (1, 0) for updates in (4, 16) for advantage in ("grpo", "loo")}),
+    "clips": (TOY, "share_of_optimum", {
+        f"{mode}, {clip}, {updates} updates":
+            [f"--clip_mode={mode}", f"--clip={clip}", f"--updates={updates}"]
+        for mode in ("stop", "cap") for clip in (0.1, 0.2) for updates in (4, 16)}
+        | {f"prdp by {'event' if extra else 'path'}, {clip}": [*PRDP, f"--clip={clip}", *extra]
+           for extra in ([], ["--clip_by_event"]) for clip in (0.1, 0.5)}),
+    "kl": (TOY, "share_of_optimum", {
+        f"{place}, {kind}": [f"--kl={place}", f"--advantage={kind}"]
+        for place in ("return", "loss") for kind in ("grpo", "dr_grpo", "ppo")}),
+    "arithmetic": (ARITHMETIC, "held_out_reward", {
+        "sepo": [], "sepo, cap": ["--clip_mode=cap"], "loop": LOOP, "prdp": PRDP,
+        "reinforce": REINFORCE}),
+    "dna": (DNA, "true activity (median)", {
+        "sepo": [], "sepo, cap": ["--clip_mode=cap", "--updates=4"],
+        "sepo, noised": ["--states=noised", "--consistency=0.3"],
+        "loop": [*LOOP, "--path_events=5", "--updates=4"], "prdp": [*PRDP, "--updates=2"],
+        "reinforce": [*REINFORCE, "--path_events=5"], "sepo, no KL": ["--beta=0"]}),
+    "beta": (DNA, "true activity (median)", {
+        f"beta {beta}": [f"--beta={beta}"] for beta in (0, 0.01, 0.03, 0.1, 0.3)}),
 }
 
 
-def run(out, variant, flags, seed):
-    """One fine-tuning in a process of its own, on one core -> its lines with an exact evaluation."""
-    folder = out / variant.replace(", ", "_").replace(" ", "_") / str(seed)
-    command = ["train.py", "--task=toy", f"--seed={seed}", f"--out={folder.resolve()}", "--overwrite", "--eval_every=5"]
-    subprocess.run([sys.executable, *command, *flags], cwd=ROOT, check=True,
-                   env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def folder_of(out, name, seed):
+    return out / re.sub("[ ,()]+", "_", name) / str(seed)
+
+
+def train(folder, *flags):
+    """One run in a process of its own, on one core, unless the folder holds it already."""
+    if not (folder / "finetuned.pt").exists():
+        command = [sys.executable, "train.py", f"--out={folder.resolve()}", "--overwrite", *flags]
+        subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return folder
+
+
+def run(out, name, seed, key):
+    """-> the metrics of every evaluation of the run of one variant and seed."""
+    flags, _, variants = COMPARISONS[out.name]
+    task = flags[0]
+    start = out.parent / task.split("=")[1] / str(seed) / "pretrained.pt"
+    folder = folder_of(out, name, seed)
+    train(folder, *flags, *variants[name], f"--seed={seed}", f"--init={start}")
     lines = [json.loads(line) for line in open(folder / "metrics.jsonl")]
-    lines = [line for line in lines if "share_of_optimum" in line]
-    print(f"{variant}, seed {seed}: {lines[-1]['share_of_optimum']:.3f}", file=sys.stderr, flush=True)
+    passes = 0
+    for line in lines:
+        line["total_passes"] = passes = passes + line["passes"]
+    lines = [line for line in lines if key in line]
+    print(f"{out.name}: {name}, seed {seed}: {lines[-1][key]:.3f}", file=sys.stderr, flush=True)
     return lines
 
 
-def row(name, seeds):
-    """A line of the table: shares at three counts of queries and one of states, queries to 0.95, shares at the end."""
-    def spread(x, most):
-        values = [max((e for e in lines if e[x] <= most), key=lambda e: e[x])["share_of_optimum"] for lines in seeds]
-        return f"{min(values):.2f} to {max(values):.2f}"
-    at = [spread("queries", q) for q in (5000, 10000, 20000)] + [spread("passes", 10 ** 6)]
-    first = [next((x["queries"] for x in lines if x["share_of_optimum"] >= 0.95), None) for lines in seeds]
-    reached = f"{min(first):,} to {max(first):,}" if None not in first else \
-        f"{sum(q is not None for q in first)} of {len(first)} seeds"
-    ends = ", ".join(f"{lines[-1]['share_of_optimum']:.3f}" for lines in seeds)
-    return f"| `{name}` | {' | '.join(at)} | {reached} | {ends} | {seeds[0][-1]['passes'] / 1e6:.1f} |"
+def span(values):
+    return f"{min(values):.3f} to {max(values):.3f}"
 
 
-def figure(runs, picture):
+def table(runs, key, marks):
+    """Markdown: the column at some numbers of rewards, at the end for every seed, and passes."""
+    heads = [f"at {mark:,} rewards" for mark in marks]
+    heads += ["at the end, every seed", "median", "million passes"]
+    rows = [f"| | {' | '.join(heads)} |", "|" + " --- |" * (len(heads) + 1)]
+    for name, seeds in runs.items():
+        cells = []
+        for mark in marks:
+            last = [[line for line in lines if line["queries"] <= mark][-1] for lines in seeds]
+            cells.append(span([line[key] for line in last]))
+        ends = [lines[-1][key] for lines in seeds]
+        cells.append(", ".join(f"{end:.3f}" for end in ends))
+        cells.append(f"{statistics.median(ends):.3f}")
+        cells.append(f"{seeds[0][-1]['total_passes'] / 1e6:.1f}")
+        rows.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def figure(runs, key, file):
+    """Median and range over the seeds, against rewards asked and against passes."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    drawing, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
-    for axis, x, label in zip(axes, ("queries", "passes"), ("rewards asked", "states through the network")):
+    drawing, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
+    for axis, x, label in zip(axes, ("queries", "total_passes"), ("rewards asked", "passes")):
         for name, seeds in runs.items():
-            zero = [0] if x == "queries" else []       # the other axis is logarithmic
-            curves = [zero + [line["share_of_optimum"] for line in lines] for lines in seeds]
-            grid = zero + [line[x] for line in seeds[0]]
-            line, = axis.plot(grid, [statistics.median(c) for c in zip(*curves)], label=name)
-            low, high = ([pick(c) for c in zip(*curves)] for pick in (min, max))
+            curves = list(zip(*[[line[key] for line in lines] for lines in seeds]))
+            grid = [line[x] for line in seeds[0]]
+            line, = axis.plot(grid, [statistics.median(c) for c in curves], label=name)
+            low, high = [min(c) for c in curves], [max(c) for c in curves]
             axis.fill_between(grid, low, high, alpha=0.2, color=line.get_color())
-        axis.axhline(1, color="tab:green", ls="--", lw=1)
-        axis.axhline(0, color="tab:red", ls=":", lw=1)
-        axis.set(xlabel=label)
-    axes[1].set(xscale="log")
-    axes[0].set(ylabel=f"share of the optimum ({len(seeds)} seeds)")
-    axes[0].legend(loc="lower right")
+        axis.set_xlabel(f"{label} ({len(seeds)} seeds: median and range)")
+    axes[1].set_xscale("log")
+    axes[0].set_ylabel(key.replace("_", " "))
+    if key == "share_of_optimum":
+        axes[0].set_ylim(-0.3, 1.03)
+    axes[0].legend(fontsize=8)
     drawing.tight_layout()
-    drawing.savefig(picture, dpi=110)
+    drawing.savefig(file, dpi=110)
+
+
+def report_table(out, names, seeds):
+    """dna: the fine-tuned rows of report.json, median over the seeds; the first rows are shared."""
+    reports = {name: [] for name in names}
+    for name in names:
+        for seed in range(seeds):
+            report = folder_of(out, name, seed) / "report.json"
+            reports[name].append(json.loads(report.read_text()))
+    shared = ("data", "pre-trained", "best of 16")
+    rows = {row: [r[row] for r in reports[names[0]]] for row in shared}
+    rows |= {name: [r["fine-tuned"] for r in reports[name]] for name in names}
+    columns = [c for c in rows["data"][0] if isinstance(rows["pre-trained"][0][c], float)]
+    lines = ["| | " + " | ".join(columns) + " |", "|" + " --- |" * (len(columns) + 1)]
+    for name, seeds_of in rows.items():
+        cells = [[row[c] for row in seeds_of if row[c] is not None] for c in columns]
+        shown = [f"{statistics.median(c):.2f} ({min(c):.2f} to {max(c):.2f})" if c else ""
+                 for c in cells]
+        lines.append(f"| {name} | " + " | ".join(shown) + " |")
+    return "\n".join(lines)
+
+
+def cosines():
+    """The gradient of every choice of --states, averaged over all final samples with their exact
+    probabilities, against autograd through the exact law; V = 3, L = 3, a reward without structure.
+    `path` is enumerated over all paths; the random views of the others are averaged over 2,000
+    draws per sample."""
+    import torch
+
+    import sepo
+    from diffusion import Absorbing, Path
+    from exact import (Table, every_path, gradient, network, posterior_table, probability,
+                       random_law, sequences)
+    V = L = 3
+    process, x = Absorbing(V), sequences(V, L)
+    print("| model | path | noised | terminal | neighbours, exact p(y) | neighbours, M = 2 |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    models = {"random table": Table(V, L), "small network": network(V, L)}
+    for seed in range(3):
+        models[f"consistent table {seed}"] = posterior_table(random_law(V, L, seed), V, L)
+    for name, model in models.items():
+        reward = torch.randn(V ** L, generator=torch.Generator().manual_seed(1))
+        law = process.exact_law(model, L)
+        truth = gradient((law * reward).sum(), model)
+        A = reward - (law.detach() * reward).sum()
+        path, other = every_path(process, model, L)
+        index = (path.tokens * torch.tensor([9, 3, 1])).sum(dim=1)
+        weight = probability(path, other) * A[index] * len(index)
+        view = path.view(*path.visits)
+        gradients = [-gradient(sepo.sepo_loss(process, model, path, weight, view=view)[0], model)]
+        samples = Path(x, torch.ones(x.shape), torch.zeros(x.shape), V)
+        weight = law.detach() * A * len(x)
+        for states in ("noised", "terminal"):
+            torch.manual_seed(0)
+            total = 0
+            for _ in range(2000):
+                loss, _ = sepo.sepo_loss(process, model, samples, weight, states)
+                total = total - gradient(loss, model)
+            gradients.append(total)
+        for exact, draws in ((True, 1), (False, 300)):
+            total = 0
+            for _ in range(draws):
+                with torch.no_grad():
+                    old = sepo.neighbours(process, model, samples, exact)
+                if not exact:                           # at theta_old: the same p(y) in both places
+                    torch.manual_seed(draws)
+                loss, _ = sepo.neighbours_loss(process, model, samples, weight, old, 1e9, exact)
+                total = total - gradient(loss, model)
+            gradients.append(total)
+        shown = [f"{torch.cosine_similarity(g, truth, dim=0).item():.3f}" for g in gradients]
+        print(f"| {name} | " + " | ".join(shown) + " |", flush=True)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--what", choices=list(VARIANTS), default="algos", help="what to compare (default: algos)")
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=[*COMPARISONS, "cosines"], help="the comparison")
     parser.add_argument("--seeds", type=int, default=5, help="seeds 0, 1, ... (default: 5)")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time (default: one a core)")
-    parser.add_argument("--out", type=Path, default=Path("out/compare"), help="folder of the runs (default: out/compare)")
-    parser.add_argument("--picture", type=Path, help="the figure (default: <out>/<what>.png)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time")
+    parser.add_argument("--out", type=Path, default=ROOT / "out" / "compare", help="folder of runs")
+    parser.add_argument("--picture", type=Path, help="the figure (default: assets/<what>.png)")
     args = parser.parse_args()
+    if args.what == "cosines":
+        return cosines()
+    flags, key, variants = COMPARISONS[args.what]
+    out, seeds = args.out / args.what, range(args.seeds)
+    task = flags[0].split("=")[1]
     with ThreadPoolExecutor(args.jobs) as pool:
-        runs = {name: [pool.submit(run, args.out, name, flags, seed) for seed in range(args.seeds)]
-                for name, flags in VARIANTS[args.what].items()}
-        runs = {name: [f.result() for f in futures] for name, futures in runs.items()}
-    print("| | at 5,000 queries | at 10,000 | at 20,000 | at a million states | queries to 0.95 | at the end, every seed "
-          "| million states |\n|"
-          + " --- |" * 8)
-    for name, seeds in runs.items():
-        print(row(name, seeds))
-    figure(runs, args.picture or args.out / f"{args.what}.png")
+        list(pool.map(lambda seed: train(args.out / task / str(seed), flags[0], f"--seed={seed}",
+                                         "--iters=1", "--report_samples=0"), seeds))
+        runs = {name: [pool.submit(run, out, name, seed, key) for seed in seeds]
+                for name in variants}
+        runs = {name: [future.result() for future in futures] for name, futures in runs.items()}
+    last = min(lines[-1]["queries"] for seeds in runs.values() for lines in seeds)
+    marks = [mark for mark in (5000, 10000, 20000) if mark <= last]
+    print(table(runs, key, marks))
+    if task == "dna":
+        print(report_table(out, list(variants), args.seeds))
+    figure(runs, key, args.picture or ROOT / "assets" / f"{args.what}.png")
 
 
 if __name__ == "__main__":

@@ -133,7 +133,8 @@ def every_path(process, model, L, steps=None, prompt=None):
                      for ks in itertools.product(range(steps), repeat=len(free))]
             other = [sum(chance[round(t * steps) - 1].log().item() for t in row) for row in times]
         else:
-            times = [[(k + 1) / (L + 1) for k in ks] for ks in itertools.permutations(range(len(free)))]
+            times = [[(k + 1) / (L + 1) for k in ks]
+                     for ks in itertools.permutations(range(len(free)))]
             other = [-math.log(len(times))] * len(times)
         tokens = [[v for v in values] for values in itertools.product(range(V), repeat=len(free))]
         pairs = list(itertools.product(range(len(times)), range(len(tokens))))
@@ -159,5 +160,5 @@ def every_path(process, model, L, steps=None, prompt=None):
 
 
 def probability(path, other, logp=None):
-    """Of every path; with logp (differentiable, shaped as path.logp) that under its model -> [B]."""
+    """Of every path -> [B]; logp: shaped as path.logp, of another model, differentiable."""
     return (other + (path.logp if logp is None else logp).flatten(1).sum(dim=1)).exp()

@@ -91,7 +91,7 @@ def test_the_uniform_posterior_gives_back_the_data_as_the_grid_gets_finer():
 
 
 def test_the_uniform_law_is_the_product_of_transition_matrices():
-    """Written out from Bayes: p(y|x) = prod_i sum_a p(a|x) q_s(y_i|a) q_{t|s}(x_i|y_i) / q_t(x_i|a)."""
+    """From Bayes: p(y|x) = prod_i sum_a p(a|x) q_s(y_i|a) q_{t|s}(x_i|y_i) / q_t(x_i|a)."""
     V, L, N = 2, 2, 3
     model, process, x = model_for(Uniform, V, L), Uniform(V), sequences(V, L)
     law = torch.full((V ** L,), V ** -L)
@@ -296,7 +296,8 @@ def at_level(chain, t, V=2, L=3):
     if chain is Absorbing:
         return (posterior_table(p0, V, L), chain(V), sequences(W, L),
                 torch.where(y == V, t, (1 - t) * (x == y)).prod(-1) @ p0)
-    return Posterior(p0, V, L), chain(V), sequences(W, L), ((1 - t) * (x == y) + t / V).prod(-1) @ p0
+    q = (1 - t) * (x == y) + t / V
+    return Posterior(p0, V, L), chain(V), sequences(W, L), q.prod(-1) @ p0
 
 
 @pytest.mark.parametrize("chain", CHAINS)
@@ -361,7 +362,7 @@ def test_the_mean_absorbing_loss_is_the_bound_written_out():
 
 
 def test_the_uniform_loss_is_score_entropy_in_sedd_form():
-    """The integrand written out with rates 1/V and ratios, at the noise that the loss itself drew."""
+    """The integrand written out with rates 1/V and ratios, at the noise that the loss drew."""
     V, L, B = 4, 5, 64
     model, process, seen = model_for(Uniform, V, L), Uniform(V), []
     corrupt = process.corrupt
@@ -381,7 +382,7 @@ def test_the_uniform_loss_is_score_entropy_in_sedd_form():
     total = torch.zeros(B, dtype=torch.double)
     for v in range(V):
         r = q(torch.full_like(x0, v)) / q(x)
-        total += (score_entropy(s[..., v], r) * (x != v)).sum(1) / V / (1 - t)      # sigma' = 1/(1-t)
+        total += (score_entropy(s[..., v], r) * (x != v)).sum(1) / V / (1 - t)     # sigma'
     clear = t > 1e-3                                            # below, float32 rounds 1 - t
     density = 3 * t.double() ** (2 / 3) * (1 - 1e-4 - 1e-2)     # t = w^3, dt = 3 w^2 dw
     assert clear.sum() > 50

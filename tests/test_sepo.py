@@ -184,7 +184,8 @@ def test_constants_and_units_of_the_reward_change_nothing(kind, place):
     for shift, unit in ((1000.0, 1.0), (0.0, 1e-7), (5.0, 1e-7), (1000.0, 0.1), (0.0, 1e6)):
         other, new_scale = update(2, kind, place, unit * reward + shift * 1.0, 0.3 * unit)
         factor = 1 if kind in ("grpo", "ppo") else unit
-        assert new_scale.item() == pytest.approx((unit if factor == 1 else 1) * scale.item(), rel=1e-3)
+        expected = scale.item() * (unit if factor == 1 else 1)
+        assert new_scale.item() == pytest.approx(expected, rel=1e-3)
         assert close(other / factor, plain, 1e-3)
 
 
@@ -230,6 +231,43 @@ def test_bias_of_noised_and_terminal_for_an_inconsistent_model():
         loss, _ = sepo.sepo_loss(process, model, path, A, states)
         cosine = torch.cosine_similarity(-gradient(loss, model), truth, dim=0)
         assert cosine == pytest.approx(expected, abs=0.03)
+
+
+def test_the_published_estimator_is_its_formula_written_out():
+    """Exact p(y), away from the old policy, so that clips are active; on three slots of two."""
+    process, model, old_model = Absorbing(2), Table(2, 3), Table(2, 3, seed=1)
+    torch.manual_seed(4)
+    path, A = process.sample(old_model, 6, 3), torch.randn(6)
+    old = sepo.neighbours(process, old_model, path, exact=True)
+    loss, stats = sepo.neighbours_loss(process, model, path, A, old, 0.2, exact=True)
+    p_new, p_old = (process.exact_law(m, 3).detach() for m in (model, old_model))
+    total, active = 0.0, []
+    for x, a in zip(path.tokens, A):
+        for i in range(3):
+            hole, y = x.clone(), x.clone()
+            hole[i], y[i] = 2, 1 - x[i]
+            new, before = (m(hole[None])[0, i].log_softmax(0) for m in (model, old_model))
+            log_s, log_s_old = new[y[i]] - new[x[i]], before[y[i]] - before[x[i]]
+            place = int(y @ torch.tensor([4, 2, 1]))
+            r = p_new[place] / p_old[place] * (log_s_old - log_s).exp().detach()
+            smaller = torch.minimum(r * a, r.clamp(0.8, 1.2) * a)
+            active.append(bool(r * a > smaller))
+            total = total + p_new[place] * smaller.detach() * log_s / 6
+    assert loss.item() == pytest.approx(total.item(), abs=1e-6)
+    assert close(gradient(loss, model), gradient(total, model))
+    assert stats["clip_fraction"].item() == pytest.approx(sum(active) / 18) and 0 < sum(active) < 18
+
+
+def test_importance_sampling_of_the_neighbours_tends_to_its_limit():
+    """One slot: the weights are 1 / (pi(z|z) pi(z|y)), so p(y) tends to 1 / sum_z 1 / pi(z|z)
+    weighted as drawn: sum_z pi(z|y) / pi(z|z) / sum_z 1 / pi(z|z)."""
+    process, model = Absorbing(3), Table(3, 1)
+    path = process.sample(model, 1, 1)
+    _, p, passes = sepo.neighbours(process, model, path, M=50_000)
+    pi = model(sequences(3, 1))[:, 0].softmax(-1).detach()      # [y, z]
+    inverse = 1 / pi.diagonal()
+    expected = (pi * inverse).sum(1) / inverse.sum()
+    assert torch.allclose(p[0, 0], expected, atol=0.02) and passes == 1 + 3 + 3 * 50_000
 
 
 def test_terminal_scores_every_slot_at_a_low_noise_level_on_the_uniform_chain():
@@ -429,7 +467,7 @@ def test_degenerate_groups_get_zeros(kind, rewards):
 
 
 def test_the_baseline_is_learnt_across_the_run():
-    """decay 0.5: rollouts of mean 0 then 4 weigh 1 : 2, so the mean is 8/3; spreads 0 and (4/3)^2."""
+    """decay 0.5: rollouts of mean 0 then 4 weigh 1 : 2: mean 8/3, spreads 0 and (4/3)^2."""
     baseline = sepo.Baseline(decay=0.5)
     baseline.update(torch.zeros(1, 4))
     baseline.update(torch.full((1, 4), 4.0))

@@ -139,6 +139,7 @@ def test_checkpoints_are_plain_tensors(toy):
     ["--algo=loop", "--micro_batch=5"], ["--algo=loop", "--path_events=2", "--process=uniform"],
     ["--algo=prdp", "--group=4", "--prompts=2", "--clip_by_event"],
     ["--algo=prdp", "--process=uniform", "--beta_warmup=3", "--micro_batch=3"],
+    ["--states=neighbours"], ["--states=neighbours", "--exact_neighbours", "--process=uniform"],
     ["--algo=reinforce", "--conv=3"], ["--kl=loss", "--ref_every=2"],
     ["--process=uniform", "--states=terminal", "--schedule=geometric"],
     ["--process=uniform", "--corrector_steps=3", "--corrector_t=0.3", "--path_events=2"]])
@@ -184,7 +185,8 @@ def test_tasks_beyond_the_toy_run_resume_and_are_sampled(task, columns, tmp_path
 def test_own_data_and_reward_and_a_start_from_a_saved_model(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("mine.fa").write_text("".join(f">{i}\n{'ACGT'[i % 4] * 7}\n" for i in range(40)))
-    Path("my_reward.py").write_text("def score(samples):\n    return [s.count('G') / 7 for s in samples]\n")
+    Path("my_reward.py").write_text("def score(samples):\n"
+                                    "    return [s.count('G') / 7 for s in samples]\n")
     data = ["--task=dna", "--data=mine.fa", "--length=7"]
     train.main([*data, "--out=a", *TINY])
     init = [*data, "--init=a/pretrained.pt", "--iters=2", "--group=8", "--report_samples=9"]
@@ -199,7 +201,7 @@ def test_own_data_and_reward_and_a_start_from_a_saved_model(tmp_path, monkeypatc
     assert all(float(r) == pytest.approx(s.count("G") / 7, abs=1e-4) for r, s in drawn)
     torch.save(torch.zeros(3), "bare.pt")
     for args, message in (
-            (["--task=dna", "--init=a/pretrained.pt", "--length=8"], "holds a model of .*'ACGT', 7"),
+            (["--task=dna", "--init=a/pretrained.pt", "--length=8"], "holds a model of .*, 7"),
             (["--task=text", "--init=a/pretrained.pt"], "holds a model of"),
             ([*data, "--init=a/pretrained.pt", "--process=uniform"], "holds a model of"),
             ([*data, "--init=a/pretrained.pt", "--schedule=cosine"], "holds a model of"),
@@ -279,7 +281,7 @@ def test_a_reward_that_fails_midway_loses_nothing_and_the_run_resumes(fault, tmp
         return good(tokens)
     monkeypatch.setitem(TASKS, "two", replace(TASKS["two"], reward=reward, length=3))
     args = ["--task=two", f"--out={tmp_path / 'broken'}"]
-    monkeypatch.setattr(Task, "is_small", lambda *_: False)              # exact laws ask for 8 rewards, too
+    monkeypatch.setattr(Task, "is_small", lambda *_: False)         # exact laws ask for 8, too
     with pytest.raises(SystemExit):
         train.main([*args, *TINY, "--save_every=0"])
     err = capsys.readouterr().err
@@ -338,7 +340,7 @@ def test_no_update_waits_for_the_device(extra, monkeypatch, tmp_path):
     A = sepo.advantages(torch.randn(1, 8)).flatten()
     rollout = train.SimpleNamespace(path=path, reward=torch.randn(1, 8), advantage=A, beta=0.1,
                                     scale=torch.ones(()), reference=model, logp_ref=logp_ref)
-    rollout.view = train.fixed_view(args, process, model, path)
+    rollout.old, _ = train.old_policy(args, process, model, path)
     optimizer, before = train.adamw(model, 1e-3, 0.0), model.head.weight.clone()
 
     def forbidden(*_, **__):
@@ -471,7 +473,8 @@ def test_compiled_blocks_compute_the_same_in_every_copy(monkeypatch):
     for B, k in ((5, 2), (3, 7), (2, 2)):
         x, slots = torch.randint(5, (B, 8)), torch.randint(8, (B, k))
         assert torch.allclose(fast(x), plain(x), atol=1e-5)
-        assert torch.allclose(fast.logits_at(x, None, slots), plain.logits_at(x, None, slots), atol=1e-5)
+        ours, theirs = (m.logits_at(x, None, slots) for m in (fast, plain))
+        assert torch.allclose(ours, theirs, atol=1e-5)
     assert graphs and isinstance(fast.blocks[0], Block)
 
 # -----------------------------------------------------------------------------
