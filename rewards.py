@@ -336,7 +336,7 @@ def toy_reward(tokens):
 toy = Task("toy", "ACGT", 6, toy_data, toy_reward, flags=dict(n_layer=2, n_embd=64))
 
 # -----------------------------------------------------------------------------
-# dna: binding sites, their true activity, and an oracle that has only seen noisy measurements
+# dna: binding sites, their true activity, and an oracle that can be fooled
 
 FACTORS = {                 # transcription factor: consensus in IUPAC letters, weight as activator
     "HNF4A": ("CAAAGTCCA", 1.0),
@@ -348,10 +348,10 @@ FACTORS = {                 # transcription factor: consensus in IUPAC letters, 
     "SP1": ("GGGGCGGGG", 0.8),
     "GATA1": ("WGATAR", 0.0),           # a repressor, by our decree
 }
-SITE_RATE = 0.75            # sites per place
 MUTATION = 0.05             # probability that a letter of a site is redrawn
-GC_RANGE = (0.3, 0.7)       # the share of G and C in the background
-NOISE = 0.3                 # standard deviation of a measurement
+GC_RANGE = (0.2, 0.8)       # the share of G and C in the background
+MEASUREMENTS = 500          # sequences whose activity was measured ...
+NOISE = 0.5                 # ... and the standard deviation of a measurement
 IUPAC = dict(A="A", C="C", G="G", T="T", R="AG", Y="CT", S="CG", W="AT", K="GT", M="AC", N="ACGT")
 OTHER_STRAND = str.maketrans("ACGT", "TGCA")
 
@@ -386,10 +386,13 @@ def activity(tokens):
 def dna_sequence(length, rng):
     """A random background with its own share of GC, and sites in it -> (sequence, planted).
 
-    About one place per 15 letters may hold a site: of any factor, on either strand, a little
+    About one place per 15 letters may hold a site, the likelier the more GC there is: GC goes
+    along with activity without causing it. A site is of any factor, on either strand, a little
     mutated. Places are one or more turns of the helix (10.5 letters) apart, so sites do not
     overlap; what would overhang the end is left out. planted: [(factor, start)]."""
-    gc = rng.uniform(*GC_RANGE)
+    low, high = GC_RANGE
+    gc = rng.uniform(low, high)
+    site_rate = (gc - low) / (high - low)
     sequence = "".join(rng.choices("ACGT", [1 - gc, gc, gc, 1 - gc], k=length))
     start, planted = rng.randrange(8), []
     for _ in range(max(1, length // 15)):
@@ -399,7 +402,7 @@ def dna_sequence(length, rng):
         if rng.random() < 0.5:
             site = site[::-1].translate(OTHER_STRAND)
         end = start + len(site)
-        if rng.random() < SITE_RATE and end <= length:
+        if rng.random() < site_rate and end <= length:
             sequence = sequence[:start] + site + sequence[end:]
             planted.append((name, start))
         turns = rng.choice([1, 2]) + (len(site) > 10)
@@ -408,8 +411,8 @@ def dna_sequence(length, rng):
 
 
 class Oracle(nn.Module):
-    """A small convolutional network, tokens [B, L] -> activity [B], fitted on measurements of half
-    of the data. It is wrong where they say little: a reward that can be hacked."""
+    """A small convolutional network, tokens [B, L] -> activity [B], fitted on few and noisy
+    measurements. It takes GC, which goes along with activity, for a cause: it can be hacked."""
 
     def __init__(self, width=64):
         super().__init__()
@@ -425,14 +428,14 @@ class Oracle(nn.Module):
         x = (tokens[:, None] == letters[:, None]).float()           # [B, 4, L]; a pad is all 0
         return self.net(x).squeeze(1)
 
-    def fit(self, data, epochs=15, batch=64, lr=5e-3):
-        """Least squares on noisy measurements of the first half of data [n, L], read from either
-        strand. It sets its own seed, so it always ends the same."""
+    def fit(self, data, epochs=40, batch=64, lr=3e-3):
+        """Least squares on noisy measurements of the first sequences of data [n, L], read from
+        either strand. It sets its own seed, so it always ends the same."""
         torch.manual_seed(0)
         for module in self.net:
             if hasattr(module, "reset_parameters"):
                 module.reset_parameters()
-        x = data[:(len(data) + 1) // 2]
+        x = data[:MEASUREMENTS]
         y = activity(x)
         y = y + NOISE * torch.randn(len(y)).to(y.device)
         optimizer = torch.optim.AdamW(self.to(x.device).parameters(), lr, weight_decay=0.1)
@@ -473,7 +476,8 @@ def dna_measure(data):
 
 
 def make_dna(length=50, text=None):
-    """Regulatory DNA; the reward is the oracle's, never the truth."""
+    """Regulatory DNA. What it teaches: a learned reward goes on rising where the truth does not, and
+    the KL to the data is what keeps samples where the reward can be believed."""
     if length < 3:
         raise BadInput(f"--length={length}: --task=dna needs at least 3 slots, for its 3-mers")
     oracle = Oracle()
@@ -489,8 +493,8 @@ def make_dna(length=50, text=None):
     data, held = split(draw)
     task = Task("dna", "ACGT", length, data, reward, held=held, measure=dna_measure, oracle=oracle,
                 make=make_dna,
-                flags=dict(n_layer=2, n_embd=64, conv=13, pretrain_iters=2500, pretrain_lr=3e-3,
-                           steps=20, beta=0.02, iters=300, eval_every=5))
+                flags=dict(n_layer=2, n_embd=48, conv=13, pretrain_iters=1500, pretrain_lr=4e-3,
+                           steps=20, group=64, updates=8, beta=0.05, iters=150, eval_every=5))
     return task
 
 # -----------------------------------------------------------------------------
@@ -517,9 +521,14 @@ def sums(n, generator=None):
     return x.scatter(1, place, torch.where(is_wrong, (digit + slip) % 10, digit))
 
 
+def operands(tokens):
+    """The numbers a and b -> [B, 2]."""
+    return torch.stack((10 * tokens[:, 0] + tokens[:, 1], 10 * tokens[:, 3] + tokens[:, 4]), dim=1)
+
+
 def is_true(tokens):
     """1 where the three digits after = are the sum -> [B]."""
-    a, b = 10 * tokens[:, 0] + tokens[:, 1], 10 * tokens[:, 3] + tokens[:, 4]
+    a, b = operands(tokens).T
     return (tokens == sum_tokens(a, b, a + b)).all(dim=1).float()
 
 
@@ -528,8 +537,9 @@ def arithmetic_prompt(x):
 
 
 def make_arithmetic():
-    """Sums: a+b= is given, the answer is generated, and the truth earns 1."""
-    data, held = split(sums, lambda x: is_held_out(x[:, :PROMPT]))  # by prompt, not by answer
+    """Sums: a+b= is given, the answer is generated, and the truth earns 1. What it teaches: a rule
+    that is learned from rewards holds on prompts never seen. a+b and b+a are held out together."""
+    data, held = split(sums, lambda x: is_held_out(operands(x).sort(dim=1).values))
     return Task("arithmetic", "0123456789+=", 9, data, is_true, given=arithmetic_prompt, held=held,
                 flags=dict(n_layer=3, pretrain_iters=3000, pretrain_batch=256, pretrain_lr=1e-3,
                            data_size=200000, prompts=16, group=16, updates=8, lr=3e-4, iters=120))
@@ -548,28 +558,31 @@ def corpus():
 
 
 def make_text(length=48, text=None):
-    """Windows of a text; the reward is the share of slots in whole words of that text.
+    """Windows of a text; the reward is the share of slots in phrases of that text: in words that
+    stand next to a word which they also stand next to there, each such pair counted once.
 
-    Every word counts once: its letters count against it when it comes again, and one gap per word
-    is free. So one word over and over, or one word and blanks, earns little."""
+    What it teaches: a reward says what it says. Known words in a senseless order, one phrase over
+    and over, or one word and blanks earn little; quoting the text earns 1."""
     whole = corpus() if text is None else text
-    words = {word for word in WORD.findall(whole.lower()) if len(word) > 1 or word in "ai"}
+    words = WORD.findall(whole.lower())
+    pairs = set(zip(words, words[1:]))
 
     def score(string):
-        found, seen, total = WORD.findall(string.lower()), set(), 0
-        for word in found:
-            if word in words:
-                total += -len(word) if word in seen else len(word)
-            seen.add(word)
-        gaps = len(string) - sum(map(len, found))
-        return total / max(1, len(string) - min(gaps, len(found)))
+        found, seen, counted = WORD.findall(string.lower()), set(), set()
+        for i, pair in enumerate(zip(found, found[1:])):
+            if pair in pairs and pair not in seen:
+                counted |= {i, i + 1}
+            seen.add(pair)
+        letters = sum(len(found[i]) + 1 for i in counted)           # with one gap per word
+        return min(1, letters / max(1, len(string)))
 
     def measure(data):
         def count(tokens, rewards):
             found = [word for s in task.samples(tokens) for word in WORD.findall(s.lower())]
-            known = sum(word in words for word in found)
+            known = sum(word in known_words for word in found)
             return {"known words": known / max(1, len(found)),
                     "distinct words": len(set(found)) / max(1, len(found))}
+        known_words = set(words)
         return count
 
     task = Task("text", "".join(sorted(set(whole) - {"\n"})), length, None,

@@ -174,11 +174,14 @@ def make_evaluate(args, task, process, reference, data):
 
 def report(args, task, process, reference, model, evaluate, data):
     """Print each model's reward, KL to the pre-trained one and samples; save report.json."""
-    n, k = args.report_samples, 16                      # k: the simplest rival, best of 16 samples
+    held_out = held_out_data(task, args.report_samples, args.seed).to(data.device)
+    n, steps, k = len(held_out), args.steps or None, 16
+    prompts, few = task.prompts(held_out), max(1, n // 4)
+    is_small = task.is_small(steps)
     if not n:
         return
-    held_out = held_out_data(task, n, args.seed).to(data.device)
-    n, prompts, steps = len(held_out), task.prompts(held_out), args.steps or None
+    asked = 2 * n if is_small else 3 * n + few * (k + 1)
+    print(f"report: asks for {asked:,} more rewards (--report_samples=0: none)")
 
     def draw(policy, n, prompts):
         path = process.sample(policy, n, task.length, steps, prompts)
@@ -187,27 +190,42 @@ def report(args, task, process, reference, model, evaluate, data):
         return path.tokens, log_ratio.flatten(1).sum(dim=1).mean().item()
 
     samples = {"pre-trained": draw(reference, n, prompts), "fine-tuned": draw(model, n, prompts)}
-    if not task.is_small(steps):
-        few = None if prompts is None else prompts[:n // 4 + 1].repeat_interleave(k, dim=0)
-        many = draw(reference, (n // 4 + 1) * k, few)[0]
-        best = ask(task, many).view(-1, k).argmax(dim=1)
-        many = many.view(-1, k, task.length)[torch.arange(len(best)), best]
+    if not is_small:                                    # the data, and the simplest rival
+        prompts = None if prompts is None else prompts[:few].repeat_interleave(k, dim=0)
+        many = draw(reference, few * k, prompts)[0]
+        best = ask(task, many).view(few, k).argmax(dim=1)
+        best = many.view(few, k, task.length)[torch.arange(few), best]
+        samples["best of 16"] = best, math.log(k) - (k - 1) / k     # its KL is at most this
         samples["data"] = held_out, None
-        samples["best of 16"] = many, math.log(k) - (k - 1) / k         # its KL is at most this
+    measure = task.measure(data) if task.measure else lambda tokens, reward: {}
     rows = {}
     for name, (tokens, kl) in samples.items():
         reward = ask(task, tokens)
-        distinct = len(tokens.unique(dim=0)) / len(tokens)
-        row = dict(reward=reward.mean().item(), kl=kl, distinct=distinct)
+        row = dict(reward=reward.mean().item(), kl=kl, **diversity(tokens, task.vocab_size))
         given = task.given(tokens) if task.given else None
         row["bound"] = process.bound(reference, tokens, draws=8, given=given)[0].mean().item()
-        if not task.is_small(steps) or name == "fine-tuned":
-            row.update(evaluate(model, tokens, reward))
+        row.update(measure(tokens, reward))
         rows[name] = row
+        if is_small and name == "fine-tuned":
+            row.update(evaluate(model, tokens, reward))
         cells = [f"{key} {value:.3f}" for key, value in row.items() if value is not None]
         print(f"{name:12} " + "  ".join(cells))
         print("\n".join(f"    {s}" for s in task.samples(tokens[:4])))
     (args.out / "report.json").write_text(json.dumps(rows, indent=2) + "\n")
+    before, after = rows["pre-trained"], rows["fine-tuned"]
+    if after["hamming"] < before["hamming"] / 2 or after["commonest"] > 1.5 * before["commonest"]:
+        print("note: the samples have become much more alike: is the reward being exploited?")
+
+
+def diversity(tokens, V):
+    """What shows that a reward is exploited, of tokens [B, L]: the share of distinct samples, the
+    mean share of slots in which two samples differ, and the share of the commonest letter."""
+    B = len(tokens)
+    share = torch.nn.functional.one_hot(tokens, V).double().mean(dim=0)                 # [L, V]
+    differ = (1 - share.square().sum(dim=1)).mean() * B / max(1, B - 1)
+    commonest = share.mean(dim=0).max()
+    return dict(distinct=len(tokens.unique(dim=0)) / B, hamming=differ.item(),
+                commonest=commonest.item())
 
 # -----------------------------------------------------------------------------
 # pictures

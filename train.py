@@ -36,9 +36,10 @@ RANK = int(os.environ.get("RANK", 0))               # set by torchrun; without i
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 MASTER = RANK == 0                                  # the process that logs, saves and reports
 
-# defaults that go with a choice of --process or --algo; those of --task are in rewards.py
+# defaults that go with a choice of --process, --algo or --clip_mode; for --task: rewards.py
 DEFAULTS = {
     "uniform": dict(steps=16, pretrain_iters=2000, pretrain_lr=1e-3, iters=300),
+    "cap": dict(updates=4),
     "loop": dict(advantage="loo", updates=8, path_events=0),
     "prdp": dict(updates=8, path_events=0),
     "reinforce": dict(advantage="running", updates=1, path_events=0),
@@ -524,9 +525,9 @@ def parse_args(argv=None):
     """Flags; defaults depend on task, process and algorithm, or on the run to resume."""
     parser = get_parser()
     first = parser.parse_args(argv)
-    for name in (first.process, first.algo):
-        parser.set_defaults(**DEFAULTS.get(name, {}))
     parser.set_defaults(**TASKS[first.task].flags)
+    for name in (first.process, first.algo, first.clip_mode):
+        parser.set_defaults(**DEFAULTS.get(name, {}))
     out = Path(first.out or f"out/{first.task}")
     config = out / "config.json"
     fixed = {}                                          # flags that must stay as they were

@@ -35,7 +35,7 @@ REINFORCE = ["--algo=reinforce"]
 
 COMPARISONS = {             # name: (flags of all runs, the column to compare, {variant: its flags})
     "methods": (TOY, "share_of_optimum", {
-        "sepo": [], "sepo, cap": ["--clip_mode=cap", "--updates=4"], "loop": LOOP, "prdp": PRDP,
+        "sepo": [], "sepo, cap": ["--clip_mode=cap"], "loop": LOOP, "prdp": PRDP,
         "reinforce": REINFORCE}),
     "states": (TOY, "share_of_optimum", {
         "path": [],
@@ -61,7 +61,7 @@ COMPARISONS = {             # name: (flags of all runs, the column to compare, {
         "sepo": [], "sepo, cap": ["--clip_mode=cap"], "loop": LOOP, "prdp": PRDP,
         "reinforce": REINFORCE}),
     "dna": (DNA, "true activity (median)", {
-        "sepo": [], "sepo, cap": ["--clip_mode=cap", "--updates=4"],
+        "sepo": [], "sepo, cap": ["--clip_mode=cap"],
         "sepo, noised": ["--states=noised", "--consistency=0.3"],
         "loop": [*LOOP, "--path_events=5", "--updates=4"], "prdp": [*PRDP, "--updates=2"],
         "reinforce": [*REINFORCE, "--path_events=5"], "sepo, no KL": ["--beta=0"]}),

@@ -152,32 +152,36 @@ def test_both_strands_have_the_same_activity():
     assert torch.allclose(activity(x), activity(3 - x.flip(1))) and activity(x).max() > 1
 
 
-def test_sites_are_planted_where_and_as_often_as_stated():
+def test_sites_are_planted_as_stated_and_go_along_with_gc():
     n, L, found, total, places = 4000, 60, 0, 0, 4
-    rng = random.Random(0)
+    rng, by_gc = random.Random(0), {True: 0, False: 0}
     for _ in range(n):
         sequence, planted = rewards.dna_sequence(L, rng)
         assert len(sequence) == L and set(sequence) <= set("ACGT")
         ends = [start + len(rewards.FACTORS[name][0]) for name, start in planted]
         assert all(a <= b for a, (_, b) in zip(ends, planted[1:])) and max(ends, default=0) <= L
+        by_gc[sequence.count("G") + sequence.count("C") > L / 2] += len(planted)
         for name, start in planted:
             total += 1
             found += any(m.start() == start for m in rewards.PATTERNS[name].finditer(sequence))
-    assert 0.55 * n * places < total < n * places
+    assert 0.3 * n * places < total < 0.55 * n * places and by_gc[True] > 1.3 * by_gc[False]
     assert 0.5 < found / total < 0.9                            # the others are mutated
 
 
-def test_the_oracle_learns_from_noise_and_ends_the_same_again():
-    task = rewards.make_dna()
-    x = task.data(6000, torch.Generator().manual_seed(0))
-    new = task.held(500, torch.Generator().manual_seed(1))
-    task.oracle.fit(x, epochs=5)
+def test_the_oracle_knows_something_believes_in_gc_and_ends_the_same_again():
+    task, again = rewards.make_dna(), rewards.make_dna()
+    x = task.data(2000, torch.Generator().manual_seed(0))
+    new = task.held(1000, torch.Generator().manual_seed(1))
+    task.oracle.fit(x, epochs=20)
+    again.oracle.fit(x, epochs=20)
     first = ask(task, new)
-    assert torch.corrcoef(torch.stack((first, activity(new))))[0, 1] > 0.4
-    assert torch.allclose(first[:3], ask(task, new[:3]), atol=1e-5)             # no batch effects
-    again = rewards.make_dna()
-    again.oracle.fit(x, epochs=5)
     assert torch.equal(first, ask(again, new))
+    assert torch.allclose(first[:3], ask(task, new[:3]), atol=1e-5)             # no batch effects
+    assert torch.corrcoef(torch.stack((first, activity(new))))[0, 1] > 0.35
+    rng = random.Random(0)
+    rich, plain = (task.encode(["".join(rng.choices(letters, k=50)) for _ in range(300)])
+                   for letters in ("CG", "ACGT"))
+    assert activity(rich).mean() < 0.2 and ask(task, rich).mean() > ask(task, plain).mean() + 0.15
 
 
 def test_measures_of_dna():
@@ -190,6 +194,13 @@ def test_measures_of_dna():
 
 # -----------------------------------------------------------------------------
 # arithmetic and text
+
+
+def test_a_sum_and_its_mirror_are_held_out_together():
+    task = TASKS["arithmetic"]
+    train = {s[:6] for s in task.decode(task.data(20_000, torch.Generator().manual_seed(0)))}
+    held = {s[:6] for s in task.decode(task.held(2000, torch.Generator().manual_seed(1)))}
+    assert 300 < len(held) and not train & {f"{s[3:5]}+{s[:2]}=" for s in held}
 
 
 def test_half_of_the_sums_are_wrong_in_one_digit():
@@ -206,11 +217,22 @@ def test_half_of_the_sums_are_wrong_in_one_digit():
     assert task.decode(task.prompts(task.encode(["12+34=046"]))) == ["12+34=___"]
 
 
-def test_the_reward_of_a_text_counts_every_word_once():
+def test_the_reward_of_a_text_counts_phrases():
+    """12 slots; a word counts with its gap, if it stands beside a word that it knows."""
     task = rewards.make_text(12, "the cat sat on a mat " * 20)
-    for string, reward in (("the cat sat ", 1), ("the the the ", -3 / 9), ("zzz zzz zzz ", 0),
-                           ("the         ", 3 / 11), ("on a mat the", 1)):
-        assert ask(task, task.encode([string.replace("z", "c")])).item() == pytest.approx(reward)
+    for string, reward in (("the cat sat ", 1), ("on a mat the", 1), ("the the the ", 0),
+                           ("sat cat the ", 0), ("on a on a on", 5 / 12), ("cat         ", 0),
+                           ("the cat a on", 8 / 12)):
+        assert ask(task, task.encode([string])).item() == pytest.approx(reward), string
+
+
+def test_a_text_cannot_be_gamed_and_quoting_it_earns_most():
+    task = TASKS["text"]
+    assert ask(task, task.held(300, torch.Generator().manual_seed(0))).mean() > 0.8
+    for string, most in (("derivedcoreproperties", 0), ("the " * 12, 0.2), ("and the " * 6, 0.3),
+                         ("the if not all has was can but for and you its ", 0.5)):
+        assert ask(task, task.encode([string.ljust(48)[:48]])).item() <= most
+
 
 # -----------------------------------------------------------------------------
 # files
@@ -299,7 +321,7 @@ def test_a_text_brings_its_own_alphabet_and_words(tmp_path):
     content = "Zwölf_Boxkämpfer jagen\nViktor quer über den Sylter Deich. " * 10
     task = open_task("text", 12, write(tmp_path, content))
     assert set(task.alphabet) == set(content) - {"\n"} and task.blank == "?"
-    assert ask(task, task.encode(["jagen Viktor"])).item() == 1
+    assert ask(task, task.encode(["jagen Viktor"])).item() == 1 > ask(task, task.encode(["Viktor jagen"]))
     assert all(len(s) == 12 for s in task.decode(task.data(100)) + task.decode(task.held(5)))
 
 
