@@ -37,9 +37,13 @@ def geometric_inverse(alpha):
     return t.clamp(0, 1)
 
 
+def cosine(t):
+    return (t * math.pi / 2).cos().clamp(min=0)
+
+
 SCHEDULES = {                           # alpha(t) and its inverse
     "linear": (lambda t: 1 - t, lambda alpha: 1 - alpha),
-    "cosine": (lambda t: (t * math.pi / 2).cos().clamp(min=0), lambda a: a.acos() * 2 / math.pi),
+    "cosine": (cosine, lambda alpha: alpha.acos() * 2 / math.pi),
     "geometric": (geometric, geometric_inverse),
 }
 
@@ -163,9 +167,10 @@ class GridPath(Visits):
         L = self.given.size(1)
         slots = torch.arange(L, device=row.device).expand(len(row), L)
         x, y = self.states[event, row].long(), self.states[event + 1, row].long()
+        t, s = self.time[event], self.time[event + 1]
         free = (~self.given[row]).float()
-        return View(row, x, self.time[event], slots, y, free, self.logp[row, event],
-                    s=self.time[event + 1], place=slots + event[:, None] * L)
+        place = slots + event[:, None] * L
+        return View(row, x, t, slots, y, free, self.logp[row, event], s, place)
 
 
 def event_index(time):
@@ -596,7 +601,8 @@ class Uniform(Chain):
 
     def step(self, model, x, given, t, s, generator=None):
         """One step of the grid, from time t to s -> next state, log-probability of each move."""
-        t, s = torch.full((len(x),), t, device=x.device), torch.full((len(x),), s, device=x.device)
+        t = torch.full((len(x),), t, device=x.device)
+        s = torch.full((len(x),), s, device=x.device)
         log_w = self.log_kernel(model(x, t), x, t, s)                                   # [B, L, V]
         y = (log_w + gumbel_like(log_w, generator)).argmax(dim=-1)
         y = torch.where(given, x, y)

@@ -14,7 +14,7 @@ import re
 import sys
 import traceback
 import zlib
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from pydoc_data import topics
 from typing import Callable
@@ -42,7 +42,6 @@ class Task:
     make: Callable | None = None        # (length, text or None) -> this task in another size
     is_text: bool = False               # a file of data is one running text, not lines
     pad: str = ""                       # the letter that fills up short sequences
-    flags: dict = field(default_factory=dict)   # the defaults of train.py that suit this task
 
     @property
     def vocab_size(self):
@@ -95,13 +94,15 @@ def ask(task, tokens):
     """The task's reward of tokens [B, L] -> float64 [B] on their device; raises BadInput."""
     try:
         values = task.reward(tokens)
-        if not isinstance(values, torch.Tensor):
+        if hasattr(values, "__iter__") and not isinstance(values, torch.Tensor):
             values = list(values)
     except BadInput:
         raise
     except Exception as error:
         raise BadInput(f"the reward raised {in_user_code(error)}, asked for {len(tokens)} samples "
                        f"from {task.samples(tokens[:1])[0]!r} on") from error
+    if not isinstance(values, (list, torch.Tensor)):
+        raise BadInput(f"the reward returned {values!r}: it must return one number per sample")
     if isinstance(values, list):
         if len(values) != len(tokens):
             raise BadInput(f"the reward returned {len(values)} values for {len(tokens)} samples")
@@ -192,67 +193,109 @@ def windows_of(texts, length):
 # -----------------------------------------------------------------------------
 # the user's own data and reward
 
-def open_task(name, length=0, data="", pad="", crop=False, reward=""):
+def open_task(name, length=0, data="", pad="", crop=False, lines=False, reward=""):
     """The task as the flags of a run want it; raises BadInput for what cannot be used.
 
     length 0: the task's own. data: a file to pre-train on. reward: file.py:function."""
     task = TASKS[name]
-    if (pad or crop) and not data:
-        raise BadInput("--pad and --crop are for sequences from a file: give --data too")
+    if (pad or crop or lines) and not data:
+        raise BadInput("--pad, --crop and --lines are for sequences from a file: give --data too")
     if len(pad) > 1 or not pad.isprintable():
         raise BadInput(f"--pad={pad}: one letter is needed")
     if length and length != task.length and task.make is None:
         raise BadInput(f"--length={length}: --task={name} has {task.length} slots")
     length = length or task.length
+    as_text = task.is_text and not (pad or lines)
+    records = read_records(data, as_text) if data else []
+    if task.make:
+        text = "\n".join(map(letters_of, records)) if data and task.is_text else None
+        task = task.make(length, text)
+    task = replace(task) if task.make is None else task     # a copy, which may be changed
     if data:
-        task = with_data(task, length, data, pad, crop)
-    elif length != task.length or task.oracle is not None:
-        task = task.make(length, None)
+        use_data(task, records, data, pad, crop or as_text and len(records) == 1)
     if reward:
-        score = load_function(reward)
-        task = replace(task, oracle=None, measure=None)
+        score, measure = load_reward(reward)
+        task.oracle = None
         task.reward = lambda tokens: score(task.samples(tokens))
+        task.measure = None
+        if measure:
+            task.measure = lambda data: lambda tokens, rewards: measure(task.samples(tokens))
     return task
 
 
-def with_data(task, length, file, pad, crop):
-    """The task on the sequences of a file, with their alphabet if it is a text."""
-    as_text = task.is_text and not pad
-    sequences = read_sequences(file, as_text)           # [(place, letters)]
-    if task.make:
-        text = "\n".join(letters for _, letters in sequences) if task.is_text else None
-        task = task.make(length, text)
+def letters_of(record):
+    """A record is a sequence as it stands in the file: a list of (line number, letters)."""
+    return "".join(letters for _, letters in record)
+
+
+def use_data(task, records, file, pad, crop):
+    """Let the task draw its data from the records of a file."""
     if task.alphabet.isupper():                         # a genome's lower case marks repeats
-        sequences = [(place, letters.upper()) for place, letters in sequences]
-    if pad and any(pad in letters for _, letters in sequences):
-        free = next(c for c in "-_.~#*=@+" if all(c not in s for _, s in sequences))
-        raise BadInput(f"--pad={pad} occurs in {file}: choose a letter that does not, "
-                       f"such as --pad={free}")
-    if pad and pad in task.alphabet and not task.is_text:
-        raise BadInput(f"--pad={pad} is a letter of --task={task.name}: choose another")
+        records = [[(i, letters.upper()) for i, letters in record] for record in records]
     if pad:
-        task = replace(task, alphabet=task.alphabet.replace(pad, "") + pad, pad=pad)
-    crop = crop or (as_text and len(sequences) == 1)
-    x = [encode_sequence(task, place, letters, crop) for place, letters in sequences]
+        everything = set("".join(map(letters_of, records)))
+        if pad in everything:
+            free = next(c for c in "-_.~#*=@+" if c not in everything)
+            raise BadInput(f"--pad={pad} occurs in {file}: its copies would be lost; choose a free "
+                           f"letter, such as --pad={free}")
+        if pad in task.alphabet:
+            raise BadInput(f"--pad={pad} is a letter of --task={task.name}: choose another")
+        task.alphabet, task.pad = task.alphabet + pad, pad
+    if crop and task.alphabet == "ACGT":
+        records = without_ambiguous_letters(records)
     if crop:
-        train, held = windows(x, length)
+        records = long_enough(records, task.length, file)
+    check_records(task, records, file, crop)
+    x = [task.encode([letters_of(record).ljust(task.length, pad or " ")]) for record in records]
+    x = [row[0].to(torch.uint8 if task.vocab_size < 256 else torch.int32) for row in x]
+    if crop:
+        task.data, task.held = windows(x, task.length)
     else:
-        train, held = whole_sequences(task, torch.stack(x).long())
-    return replace(task, data=train, held=held)
+        task.data, task.held = whole_sequences(task, torch.stack(x).long())
 
 
-def encode_sequence(task, place, letters, crop):
-    """A sequence of a file -> its tokens, at least L of them; raises BadInput."""
-    if not letters:
-        raise BadInput(f"{place} is empty")
-    task.check(letters, place)
-    fits = f"{place} has {len(letters)} letters, --task={task.name} {task.length} slots"
-    if len(letters) < task.length and not task.pad:
-        raise BadInput(f"{fits}: fill up with --pad=-, or choose --length={len(letters)}")
-    if len(letters) > task.length and not crop:
-        raise BadInput(f"{fits}: cut windows with --crop, or choose --length={len(letters)}")
-    tokens = task.encode([letters.ljust(task.length, task.pad or " ")])[0]
-    return tokens.to(torch.uint8 if task.vocab_size < 256 else torch.int32)
+def without_ambiguous_letters(records):
+    """A genome's N and other IUPAC letters: windows avoid them."""
+    pieces, skipped = [], 0
+    for record in records:
+        letters = letters_of(record)
+        clean = re.split("[NRYSWKMBDHV]+", letters)
+        skipped += len(letters) - sum(map(len, clean))
+        pieces += [record] if len(clean) == 1 else [[(record[0][0], s)] for s in clean if s]
+    if skipped:
+        print(f"windows avoid {skipped:,} ambiguous letters (N, R, Y, ...)", file=sys.stderr)
+    return pieces
+
+
+def long_enough(records, length, file):
+    """The records that windows can be cut from; says how many are not."""
+    sizes = [len(letters_of(record)) for record in records]
+    if max(sizes) < length:
+        raise BadInput(f"--data={file} has no sequence of {length} letters to cut windows from: "
+                       f"choose --length={max(sizes)} or less")
+    kept = [record for record, size in zip(records, sizes) if size >= length]
+    if len(kept) < len(records):
+        print(f"{len(records) - len(kept):,} sequences shorter than {length} letters are skipped",
+              file=sys.stderr)
+    return kept
+
+
+def check_records(task, records, file, crop):
+    """Raises BadInput for a letter that is not of the alphabet, and for a wrong length."""
+    lengths = [len(letters_of(record)) for record in records]
+    for record in records:
+        for i, letters in record:
+            task.check(letters, f"{file} line {i}")
+        n, place = len(letters_of(record)), f"{file} line {record[0][0]}"
+        wrong = f"{place} has {n:,} letters, --task={task.name} {task.length} slots"
+        same = f", or choose --length={n}" if len(set(lengths)) == 1 and n <= 1000 else ""
+        if n == 0:
+            raise BadInput(f"{place} is empty")
+        if n < task.length and not task.pad:
+            raise BadInput(f"{wrong}: fill up with --pad=-, or choose --length={min(lengths)} "
+                           "and --crop")
+        if n > task.length and not crop:
+            raise BadInput(f"{wrong}: cut windows with --crop{same}")
 
 
 def whole_sequences(task, x):
@@ -263,33 +306,50 @@ def whole_sequences(task, x):
     return lambda n, generator=None: x[~held], lambda n, generator=None: x[held][:n]
 
 
-def read_sequences(file, as_text=False):
-    """A file with one sequence per line, or FASTA, or one text; perhaps gzipped.
-
-    -> [(place, letters)]; raises BadInput."""
+def read_records(file, as_text=False):
+    """A file of FASTA, of one sequence per line, or of one text; perhaps gzipped -> records."""
     opened = gzip.open if file.endswith(".gz") else open
     try:
         with opened(file, "rt", encoding="utf-8-sig") as f:
-            lines = [line.strip() for line in f]
+            lines = f.read().rstrip().splitlines()
     except UnicodeDecodeError:
         raise BadInput(f"--data={file} is not text") from None
     except (OSError, EOFError, zlib.error) as error:
         raise BadInput(f"--data={file}: {getattr(error, 'strerror', None) or error}") from None
-    while lines and not lines[-1]:
-        lines.pop()
     if not lines:
         raise BadInput(f"--data={file} is empty")
+    refuse_other_formats(file, lines, as_text)
+    numbered = [(i, line.strip()) for i, line in enumerate(lines, 1)]
     if lines[0].startswith(">"):
         heads = [i for i, line in enumerate(lines) if line.startswith(">")]
         ends = heads[1:] + [len(lines)]
-        return [(f"{file} line {i + 1}", "".join(lines[i + 1:end])) for i, end in zip(heads, ends)]
+        return [numbered[i + 1:end] or [(i + 1, "")] for i, end in zip(heads, ends)]
     if as_text:
-        return [(file, " ".join(" ".join(lines).split()))]
-    return [(f"{file} line {i + 1}", line) for i, line in enumerate(lines)]
+        return [[(1, " ".join(" ".join(lines).split()))]]
+    return [[line] for line in numbered]
 
 
-def load_function(name):
-    """--reward=file.py:function -> the function, list[str] -> list[float]; raises BadInput."""
+def refuse_other_formats(file, lines, as_text):
+    """BadInput for what would be misread: annotated formats, tables, lists given as a text."""
+    first = lines[0]
+    is_fastq = first.startswith("@") and len(lines) > 2 and lines[2].startswith("+")
+    is_genbank, is_table = first.startswith("LOCUS"), False
+    for separator in ",;\t":
+        counts = {line.count(separator) for line in lines[:20]}
+        is_table |= len(lines) > 2 and len(counts) == 1 and counts != {0}
+    for name, is_it in (("GenBank", is_genbank), ("FASTQ", is_fastq), ("CSV", is_table)):
+        if is_it:
+            raise BadInput(f"--data={file} looks like {name}: FASTA or one sequence per line is "
+                           "needed")
+    single = sum(len(line.split()) == 1 for line in lines)
+    if as_text and len(lines) >= 20 and single > 0.9 * len(lines):
+        raise BadInput(f"--data={file} looks like a list of sequences, not a running text: add "
+                       "--lines, and --pad=- if their lengths differ")
+
+
+def load_reward(name):
+    """--reward=file.py:function -> the function, list[str] -> list[float], and the file's
+    `measure`, list[str] -> {column: number}, or None. Raises BadInput."""
     file, _, function = name.rpartition(":")
     if not file.endswith(".py") or not function:
         raise BadInput(f"--reward={name}: file.py:function is needed")
@@ -304,7 +364,7 @@ def load_function(name):
         raise BadInput(f"--reward={name}: {in_user_code(error)}") from error
     if not callable(getattr(module, function, None)):
         raise BadInput(f"--reward={name}: {file} has no function {function}")
-    return getattr(module, function)
+    return getattr(module, function), getattr(module, "measure", None)
 
 # -----------------------------------------------------------------------------
 # toy: small enough to enumerate
@@ -333,7 +393,7 @@ def toy_reward(tokens):
     return copies / 4 + (tokens == 0).sum(dim=1) / 16
 
 
-toy = Task("toy", "ACGT", 6, toy_data, toy_reward, flags=dict(n_layer=2, n_embd=64))
+toy = Task("toy", "ACGT", 6, toy_data, toy_reward)
 
 # -----------------------------------------------------------------------------
 # dna: binding sites, their true activity, and an oracle that can be fooled
@@ -416,12 +476,10 @@ class Oracle(nn.Module):
 
     def __init__(self, width=64):
         super().__init__()
-        self.net = nn.Sequential(
-            nn.Conv1d(4, width, 13, padding=6), nn.ReLU(), nn.MaxPool1d(4, ceil_mode=True),
-            nn.Dropout(0.2),
-            nn.Conv1d(width, width, 5, padding=2), nn.ReLU(), nn.AdaptiveMaxPool1d(1),
-            nn.Flatten(), nn.Dropout(0.2),
-            nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 1))
+        sites = [nn.Conv1d(4, width, 13, padding=6), nn.ReLU(), nn.MaxPool1d(4, ceil_mode=True)]
+        pairs = [nn.Conv1d(width, width, 5, padding=2), nn.ReLU(), nn.AdaptiveMaxPool1d(1)]
+        head = [nn.Flatten(), nn.Dropout(0.2), nn.Linear(width, width), nn.ReLU()]
+        self.net = nn.Sequential(*sites, nn.Dropout(0.2), *pairs, *head, nn.Linear(width, 1))
 
     def forward(self, tokens):
         letters = torch.arange(4, device=tokens.device)
@@ -469,15 +527,14 @@ def dna_measure(data):
 
     def measure(tokens, rewards):
         shares = torch.stack((triplet_shares(tokens), top))
-        return {"true activity (median)": activity(tokens).median().item(),
-                "oracle (median)": rewards.median().item(),
-                "3-mer corr.": torch.corrcoef(shares)[0, 1].item()}
+        return {"true activity": activity(tokens).mean().item(),
+                "3-mer correlation": torch.corrcoef(shares)[0, 1].item()}
     return measure
 
 
 def make_dna(length=50, text=None):
-    """Regulatory DNA. What it teaches: a learned reward goes on rising where the truth does not, and
-    the KL to the data is what keeps samples where the reward can be believed."""
+    """Regulatory DNA. What it teaches: a learned reward goes on rising where the truth does not,
+    and the KL to the data is what keeps samples where the reward can be believed."""
     if length < 3:
         raise BadInput(f"--length={length}: --task=dna needs at least 3 slots, for its 3-mers")
     oracle = Oracle()
@@ -492,9 +549,7 @@ def make_dna(length=50, text=None):
 
     data, held = split(draw)
     task = Task("dna", "ACGT", length, data, reward, held=held, measure=dna_measure, oracle=oracle,
-                make=make_dna,
-                flags=dict(n_layer=2, n_embd=48, conv=13, pretrain_iters=1500, pretrain_lr=4e-3,
-                           steps=20, group=64, updates=8, beta=0.05, iters=150, eval_every=5))
+                make=make_dna)
     return task
 
 # -----------------------------------------------------------------------------
@@ -506,8 +561,9 @@ PROMPT = 6                  # slots of a+b=
 def sum_tokens(a, b, c):
     """The tokens of a+b=ccc, for numbers [n] -> [n, 9]; 10 is +, 11 is =."""
     plus, equals = torch.full_like(a, 10), torch.full_like(a, 11)
-    columns = (a // 10, a % 10, plus, b // 10, b % 10, equals, c // 100, c // 10 % 10, c % 10)
-    return torch.stack(columns, dim=1)
+    question = [a // 10, a % 10, plus, b // 10, b % 10, equals]
+    answer = [c // 100, c // 10 % 10, c % 10]
+    return torch.stack(question + answer, dim=1)
 
 
 def sums(n, generator=None):
@@ -523,7 +579,8 @@ def sums(n, generator=None):
 
 def operands(tokens):
     """The numbers a and b -> [B, 2]."""
-    return torch.stack((10 * tokens[:, 0] + tokens[:, 1], 10 * tokens[:, 3] + tokens[:, 4]), dim=1)
+    tens, ones = tokens[:, [0, 3]], tokens[:, [1, 4]]
+    return 10 * tens + ones
 
 
 def is_true(tokens):
@@ -540,9 +597,7 @@ def make_arithmetic():
     """Sums: a+b= is given, the answer is generated, and the truth earns 1. What it teaches: a rule
     that is learned from rewards holds on prompts never seen. a+b and b+a are held out together."""
     data, held = split(sums, lambda x: is_held_out(operands(x).sort(dim=1).values))
-    return Task("arithmetic", "0123456789+=", 9, data, is_true, given=arithmetic_prompt, held=held,
-                flags=dict(n_layer=3, pretrain_iters=3000, pretrain_batch=256, pretrain_lr=1e-3,
-                           data_size=200000, prompts=16, group=16, updates=8, lr=3e-4, iters=120))
+    return Task("arithmetic", "0123456789+=", 9, data, is_true, given=arithmetic_prompt, held=held)
 
 # -----------------------------------------------------------------------------
 # text: characters, and words of the corpus
@@ -576,21 +631,9 @@ def make_text(length=48, text=None):
         letters = sum(len(found[i]) + 1 for i in counted)           # with one gap per word
         return min(1, letters / max(1, len(string)))
 
-    def measure(data):
-        def count(tokens, rewards):
-            found = [word for s in task.samples(tokens) for word in WORD.findall(s.lower())]
-            known = sum(word in known_words for word in found)
-            return {"known words": known / max(1, len(found)),
-                    "distinct words": len(set(found)) / max(1, len(found))}
-        known_words = set(words)
-        return count
-
-    task = Task("text", "".join(sorted(set(whole) - {"\n"})), length, None,
-                lambda tokens: [score(s) for s in task.samples(tokens)],
-                measure=measure, make=make_text, is_text=True,
-                flags=dict(n_layer=2, n_embd=96, conv=7, dropout=0.1, pretrain_iters=2500,
-                           pretrain_lr=3e-3, data_size=100000, lr=2e-4, clip=0.2, updates=8,
-                           path_events=2, beta=0.01, iters=80, eval_every=5))
+    alphabet = "".join(sorted(set(whole) - {"\n"}))
+    task = Task("text", alphabet, length, None, None, make=make_text, is_text=True)
+    task.reward = lambda tokens: [score(s) for s in task.samples(tokens)]
     if text is None:
         task.data, task.held = windows([task.encode([whole])[0]], length)
     return task

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ import torch
 import sepo
 from diffusion import Absorbing, Uniform
 from model import Config, Denoiser
-from rewards import BadInput, ask, open_task
+from rewards import TASKS, BadInput, ask, open_task
 
 CHAINS = {"absorb": Absorbing, "uniform": Uniform}
 
@@ -64,14 +65,16 @@ def run(args):
     samples, rewards = {}, {}
     for name in names:
         file = args.run / f"{name}.pt"
-        task, process, model, steps = load_run(file)
-        prompts = read_prompts(task, args)
+        task, process, model, steps, prompts = load_run(file)
+        prompts = read_prompts(task, args, prompts)
         torch.manual_seed(args.seed)
         corrector = (args.corrector_steps, args.corrector_t) if args.corrector_steps else None
         policy = lambda x, t: model(x, t) / args.temperature
         path = process.sample(policy, args.n, task.length, args.steps or steps, prompts,
                               corrector=corrector)
-        reward = ask(task, path.tokens)
+        reward = torch.full((args.n,), math.nan)
+        if task.reward is not None:
+            reward = ask(task, path.tokens)
         samples[name], rewards[name] = task.samples(path.tokens), reward.tolist()
         distinct = len(path.tokens.unique(dim=0))
         print(f"{file}: {args.n} samples, {distinct} distinct, mean reward {reward.mean():.3f}",
@@ -96,13 +99,10 @@ def run(args):
     sys.stdout.flush()
 
 
-def read_prompts(task, args):
-    """--prompt, or else the task's held-out prompts -> tokens [n, L]; None without prompts."""
+def read_prompts(task, args, prompts):
+    """--prompt, or else the run's held-out prompts -> tokens [n, L]; None without prompts."""
     if not args.prompt:
-        if task.given is None:
-            return None
-        prompts = task.prompts(held_out_data(task, args.n, args.seed))
-        return prompts[torch.arange(args.n) % len(prompts)]
+        return None if prompts is None else prompts[torch.arange(args.n) % len(prompts)]
     if len(args.prompt) != task.length:
         raise BadInput(f"--prompt={args.prompt} has {len(args.prompt)} letters, the task "
                        f"{task.length} slots: write {task.blank} for a free slot")
@@ -133,15 +133,36 @@ def load_model(file):
     return model, saved
 
 
+def task_of(args):
+    return open_task(args.task, args.length, args.data, args.pad, args.crop, args.lines,
+                     args.reward)
+
+
+def meta_of(args, task, model):
+    """What a checkpoint holds beside the weights: all that sample.py needs."""
+    prompts = task.prompts(held_out_data(task, 256, args.seed))
+    oracle = task.oracle.state_dict() if task.oracle is not None else None
+    return dict(config=asdict(model.config), flags=args.saved, alphabet=task.alphabet,
+                pad=task.pad, prompts=prompts, oracle=oracle)
+
+
 def load_run(file):
-    """A model saved by train.py -> task, process, model, steps of the time grid."""
+    """A model saved by train.py -> task, process, model, steps of the time grid, prompts.
+
+    Without the run's data or reward file the task has no reward: samples come without scores."""
     model, saved = load_model(file)
     args = argparse.Namespace(**saved["flags"])
-    task = open_task(args.task, args.length, args.data, args.pad, args.crop, args.reward)
+    try:
+        task = task_of(args)
+    except BadInput as error:
+        print(f"no scores: {error}", file=sys.stderr)
+        task = replace(TASKS[args.task], length=model.config.length, reward=None, oracle=None)
+    task.alphabet, task.pad = saved["alphabet"], saved["pad"]
     if task.oracle is not None:
-        task.oracle.fit(task.data(args.data_size, torch.Generator().manual_seed(args.seed)))
+        task.oracle.load_state_dict(saved["oracle"])
+        task.oracle.eval()
     process = CHAINS[args.process](task.vocab_size, args.schedule)
-    return task, process, model.eval(), args.steps or None
+    return task, process, model.eval(), args.steps or None, saved["prompts"]
 
 # -----------------------------------------------------------------------------
 # what a run has learnt; train.py calls these
@@ -242,9 +263,10 @@ def plot_curve(out):
     plt = pyplot()
     lines = [json.loads(line) for line in open(out / "metrics.jsonl")]
     lines = [line for line in lines if line["phase"] == "finetune"]
-    own = [k for line in lines for k in line if k in ("share_of_optimum", "held_out_reward")]
-    measured = [k for line in lines for k in line if " " in k]          # a task's own columns
-    fourth = (own + measured + ["reward_std"])[0]
+    usual = ("phase", "iter", "queries", "passes", "reward", "clip_fraction", "kl", "exact", "best",
+             "pretrained")
+    own = [key for line in lines for key in line if not key.startswith(usual)]
+    fourth = (own + ["reward_std"])[0]
     figure, axes = plt.subplots(2, 2, figsize=(10, 6), sharex=True)
 
     def curve(axis, key, **style):

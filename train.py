@@ -9,15 +9,16 @@ A run writes to out/<task>: config.json, metrics.jsonl, curve.png, report.json, 
 finetuned.pt, and last.pt, the checkpoint that --resume continues from.
 """
 import argparse
+import difflib
 import json
 import math
 import os
 import random
+import re
 import signal
 import sys
 import time
 from copy import deepcopy
-from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,14 +31,21 @@ import sample
 import sepo
 from diffusion import SCHEDULES, device_of, pick
 from model import Config, Denoiser
-from rewards import TASKS, BadInput, ask, open_task
+from rewards import TASKS, BadInput, ask
 
 RANK = int(os.environ.get("RANK", 0))               # set by torchrun; without it, one process
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 MASTER = RANK == 0                                  # the process that logs, saves and reports
 
-# defaults that go with a choice of --process, --algo or --clip_mode; for --task: rewards.py
-DEFAULTS = {
+DEFAULTS = {                                        # that go with a choice of task, chain, method
+    "toy": dict(n_layer=2, n_embd=64),
+    "dna": dict(n_layer=2, n_embd=48, conv=13, pretrain_iters=1500, pretrain_lr=4e-3, steps=20,
+                group=64, updates=8, iters=150, beta=0.05, eval_every=5),
+    "arithmetic": dict(n_layer=3, pretrain_iters=3000, pretrain_batch=256, pretrain_lr=1e-3,
+                       data_size=200000, prompts=16, group=16, updates=8, iters=120, lr=3e-4),
+    "text": dict(n_layer=2, n_embd=96, conv=7, dropout=0.1, pretrain_iters=2500, pretrain_lr=3e-3,
+                 data_size=100000, clip=0.2, updates=8, path_events=2, iters=80, lr=2e-4,
+                 beta=0.01, eval_every=5),
     "uniform": dict(steps=16, pretrain_iters=2000, pretrain_lr=1e-3, iters=300),
     "cap": dict(updates=4),
     "loop": dict(advantage="loo", updates=8, path_events=0),
@@ -65,7 +73,7 @@ def main(argv=None):
 def run(args):
     setup(args)
     torch.manual_seed(args.seed)                        # the same initial weights on every process
-    task = open_task(args.task, args.length, args.data, args.pad, args.crop, args.reward)
+    task = sample.task_of(args)
     process = sample.CHAINS[args.process](task.vocab_size, args.schedule)
 
     # a new network, or one that was pre-trained before
@@ -79,13 +87,18 @@ def run(args):
     model.to(args.device)
     if args.dtype == "bfloat16":
         model.autocast = torch.bfloat16
-    meta = dict(config=asdict(model.config), alphabet=task.alphabet, flags=args.saved)
 
     generator = torch.Generator().manual_seed(args.seed)
     data = task.data(args.data_size, generator).to(args.device)                         # [n, L]
+    if MASTER:
+        n_rewards = args.iters * args.prompts * args.group
+        print(f"{task.name}: {len(data):,} sequences of {task.length} letters {task.alphabet!r}; "
+              f"asks for {n_rewards:,} rewards; {args.device}; results in {args.out}",
+              file=sys.stderr)
     if task.oracle is not None:
         task.oracle.fit(data)                           # a network inside the reward (dna)
     ask(task, data[:2])                                 # an error here costs less than later
+    meta = sample.meta_of(args, task, model)
     checkpoint = open_out_dir(args)
     if not source:
         pretrain(args, task, process, compiled(args, model), data, checkpoint)
@@ -100,6 +113,8 @@ def run(args):
     finally:                                            # an error loses nothing that was learnt
         save(args.out / "finetuned.pt", model=model, **meta)
     if MASTER:
+        if checkpoint["phase"] == "finetune" and checkpoint["iter"] == args.iters:
+            print("the run was complete: only its report is made again")
         seed_everything(args, 2, 0)
         sample.plot_curve(args.out)
         sample.report(args, task, process, reference, model, evaluate, data)
@@ -172,6 +187,8 @@ def finetune(args, task, process, model, reference, data, evaluate, checkpoint):
 
         # 2. ask the black box
         reward = ask(task, path.tokens).view(P, G)
+        if i == first:
+            warn_if_equal(reward)
 
         # 3. what is each sample worth? its reward, minus beta times the KL that its path cost
         with torch.no_grad():
@@ -187,7 +204,8 @@ def finetune(args, task, process, model, reference, data, evaluate, checkpoint):
         baseline.update(rewards)
 
         # 4. take a few optimizer steps on this rollout
-        rollout = SimpleNamespace(path=path, reward=reward.float(), advantage=advantage, beta=beta,
+        centred = (reward - reward.mean(dim=1, keepdim=True)).float()       # [P, G]
+        rollout = SimpleNamespace(path=path, reward=centred, advantage=advantage, beta=beta,
                                   scale=scale.float(), reference=reference, logp_ref=logp_ref)
         rollout.old, passes = old_policy(args, process, model, path)
         clipped, passes = [], passes + path.before + 2 * len(path.visits[0])
@@ -212,6 +230,14 @@ def finetune(args, task, process, model, reference, data, evaluate, checkpoint):
         if MASTER and (i + 1) % 25 == 0:
             sample.plot_curve(args.out)
         end_iteration(args, "finetune", i, args.iters, state)
+
+
+def warn_if_equal(reward):
+    """Equal rewards teach nothing but the KL."""
+    share = (reward == reward.flatten().mode().values).double().mean().item()
+    if share > 0.9 and MASTER:
+        print(f"warning: {share:.0%} of the first rollout's rewards are equal: a finer reward or a "
+              "larger --group would teach more", file=sys.stderr)
 
 
 def old_policy(args, process, model, path):
@@ -434,8 +460,13 @@ def at_least(low, kind=int):
 
 
 class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"{self.prog}: {message}\n")       # one line, without two screens of usage
+    def error(self, message):                           # one line, without two screens of usage
+        for word in re.findall(r"--(\w+)", message.partition("unrecognized")[2]):
+            close = difflib.get_close_matches(word, [a.dest for a in self._actions], 1)
+            message += f"; did you mean --{close[0]}?" if close else ""
+        if message.startswith("unrecognized arguments: ") and "--" not in message:
+            message += "; a flag such as --crop takes no value"
+        self.exit(2, f"{self.prog}: {message}\n")
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -444,10 +475,9 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 def get_parser():
     count, whole, real = at_least(1), at_least(0), at_least(0, float)
-    own = DEFAULTS | {name: task.flags for name, task in TASKS.items()}
-    epilog = "own defaults:\n" + "\n".join(
-        f"  {name}: " + " ".join(f"--{k}={v}" for k, v in flags.items())
-        for name, flags in own.items() if flags)
+    epilog = "own defaults:"
+    for name, flags in DEFAULTS.items():
+        epilog += f"\n  {name}: " + " ".join(f"--{flag}={value}" for flag, value in flags.items())
     parser = Parser(description=__doc__, epilog=epilog, formatter_class=HelpFormatter,
                     allow_abbrev=False)
     add = parser.add_argument
@@ -459,11 +489,14 @@ def get_parser():
     add("--overwrite", action="store_true", help="replace the run in --out")
     add("--save_every", type=whole, default=30, help="seconds between two saves of last.pt")
     # your own data, reward and model
-    add("--data", default="", help="file to pre-train on: FASTA, one sequence per line, or a text")
+    add("--data", default="", help="file to pre-train on: FASTA or one sequence per line; for "
+        "--task=text one running text, unless --lines or --pad is given; .gz too")
     add("--length", type=whole, default=0, help="sequence length (0: the task's)")
     add("--pad", default="", help="letter that fills up short sequences of --data")
     add("--crop", action="store_true", help="cut random windows from long sequences of --data")
-    add("--reward", default="", help="file.py:function, list[str] -> list[float]")
+    add("--lines", action="store_true", help="the lines of --data are sequences, for text too")
+    add("--reward", default="", help="file.py:function, list[str] -> list[float]; the file's "
+        "measure, list[str] -> {column: number}, adds columns to the report")
     add("--init", default="", help="a pretrained.pt to start from; it brings the network's size")
     # system
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: cuda if present")
@@ -495,7 +528,8 @@ def get_parser():
     add("--prompts", type=count, default=1, help="prompts per rollout (P)")
     add("--group", type=count, default=128, help="samples per prompt (G)")
     add("--updates", type=count, default=16, help="optimizer steps per rollout")
-    add("--lr", type=real, default=1e-3, help="initial learning rate; decays linearly to 5%%")
+    add("--lr", "--learning_rate", type=real, default=1e-3,
+        help="initial learning rate; decays linearly to 5%%")
     add("--states", choices=["path", "noised", "terminal", "neighbours"],
         default="path", help="where SEPO takes the score; neighbours: its published estimator")
     add("--exact_neighbours", action="store_true",
@@ -507,7 +541,8 @@ def get_parser():
     add("--clip_mode", choices=["stop", "cap"], default="stop",
         help="stop: PPO's clip; cap: SEPO's own, a capped and detached coefficient")
     add("--clip_by_event", action="store_true", help="prdp: clip every event, not the whole path")
-    add("--beta", type=real, default=0.1, help="KL weight: reward per nat")
+    add("--beta", type=real, default=0.1, help="KL weight: the reward that one nat must bring; try "
+        "a tenth to a half of the spread of your rewards")
     add("--beta_warmup", type=whole, default=0, help="rollouts over which beta grows from 0")
     add("--kl", choices=["return", "loss"], default="return",
         help="the KL in the return of each path, or in closed form in sepo's loss")
@@ -525,8 +560,7 @@ def parse_args(argv=None):
     """Flags; defaults depend on task, process and algorithm, or on the run to resume."""
     parser = get_parser()
     first = parser.parse_args(argv)
-    parser.set_defaults(**TASKS[first.task].flags)
-    for name in (first.process, first.algo, first.clip_mode):
+    for name in (first.task, first.process, first.algo, first.clip_mode):
         parser.set_defaults(**DEFAULTS.get(name, {}))
     out = Path(first.out or f"out/{first.task}")
     config = out / "config.json"
@@ -565,6 +599,8 @@ def check_combinations(parser, args):
         (args.n_embd % args.n_head or args.n_embd % 2,
          "--n_embd must be even and a multiple of --n_head"),
         (args.conv and args.conv % 2 == 0, "--conv must be odd"),
+        (args.group == 1 and args.advantage in ("grpo", "dr_grpo", "loo"),
+         "--group=1 leaves nothing to compare a sample with: add --advantage=running"),
         (args.algo == "prdp" and not args.beta, "--algo=prdp needs --beta above 0"),
         (args.algo == "prdp" and args.path_events, "--algo=prdp needs --path_events=0: all events"),
         (args.algo != "sepo" and others,

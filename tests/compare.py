@@ -60,12 +60,12 @@ COMPARISONS = {             # name: (flags of all runs, the column to compare, {
     "arithmetic": (ARITHMETIC, "held_out_reward", {
         "sepo": [], "sepo, cap": ["--clip_mode=cap"], "loop": LOOP, "prdp": PRDP,
         "reinforce": REINFORCE}),
-    "dna": (DNA, "true activity (median)", {
+    "dna": (DNA, "true activity", {
         "sepo": [], "sepo, cap": ["--clip_mode=cap"],
         "sepo, noised": ["--states=noised", "--consistency=0.3"],
         "loop": [*LOOP, "--path_events=5", "--updates=4"], "prdp": [*PRDP, "--updates=2"],
         "reinforce": [*REINFORCE, "--path_events=5"], "sepo, no KL": ["--beta=0"]}),
-    "beta": (DNA, "true activity (median)", {
+    "beta": (DNA, "true activity", {
         f"beta {beta}": [f"--beta={beta}"] for beta in (0, 0.01, 0.03, 0.1, 0.3)}),
 }
 

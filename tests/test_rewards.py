@@ -71,8 +71,8 @@ def fails(tokens):
     (lambda x: torch.tensor([0, 0, math.inf]), "sample 2, 'AA', is inf"),
     (lambda x: [0.1, None, 0.2], "sample 1, 'GT', is None: a finite number is needed"),
     (lambda x: [0.1, 0.2, "high"], "sample 2, 'AA', is 'high'"),
-    (lambda x: None, "raised TypeError"),
-    (lambda x: 1.0, "raised TypeError")])
+    (lambda x: None, "the reward returned None: it must return one number per sample"),
+    (lambda x: 1.0, "the reward returned 1.0: it must return one number")])
 def test_a_faulty_reward_is_told_which_sample(reward, message):
     task = Task("t", "ACGT", 2, None, reward)
     with pytest.raises(BadInput, match=message) as error:
@@ -189,8 +189,8 @@ def test_measures_of_dna():
     truth = activity(x)
     top = x[truth.topk(20).indices]
     seen = dna.measure(x)(top, torch.zeros(20))
-    assert seen["3-mer corr."] == pytest.approx(1, abs=1e-5)
-    assert seen["true activity (median)"] == pytest.approx(activity(top).median().item())
+    assert seen["3-mer correlation"] == pytest.approx(1, abs=1e-5)
+    assert seen["true activity"] == pytest.approx(activity(top).mean().item())
 
 # -----------------------------------------------------------------------------
 # arithmetic and text
@@ -280,7 +280,7 @@ def test_a_pad_joins_the_alphabet_and_the_reward_does_not_see_it(tmp_path):
 
 def test_a_pad_that_occurs_in_the_data_is_refused(tmp_path):
     """Its copies would vanish from the samples: [O-] would become [O]."""
-    with pytest.raises(BadInput, match="--pad=- occurs in .*: choose a letter .* such as --pad=_"):
+    with pytest.raises(BadInput, match="--pad=- occurs in .*: .* choose a free letter, such as --pad=_"):
         open_task("text", 4, write(tmp_path, "[O-]\nCC\n"), "-")
 
 
@@ -288,6 +288,40 @@ def test_dna_itself_can_be_padded(tmp_path):
     task = open_task("dna", 20, write(tmp_path, "TGACTCA\n" + "C" * 20), "-")
     assert activity(task.data(2)).tolist() == [0.5, 0]
     assert ask(task, task.data(2)).isfinite().all()
+
+
+def test_windows_of_a_genome_avoid_ambiguous_letters_and_say_so(tmp_path, capsys):
+    rng = random.Random(0)
+    left, right = ("".join(rng.choices("ACGT", k=100)) for _ in range(2))
+    file = write(tmp_path, f">chr\n{left}\nNNNNNR\n{right}\n".lower(), "g.fa.gz")
+    task = open_task("dna", 8, file, crop=True)
+    assert "avoid 6 ambiguous letters" in capsys.readouterr().err
+    drawn = set(task.decode(task.data(2000)))
+    assert drawn and all(s in left or s in right for s in drawn)
+    with pytest.raises(BadInput, match="'[NR]' at position [16] of .*line 3 is not in"):
+        open_task("dna", 206, file)
+
+
+def test_a_list_given_as_a_text_is_recognised_and_lines_makes_it_sequences(tmp_path):
+    file = write(tmp_path, "\n".join(["C1CCCCC1", "CCO-CC=O"] * 20))
+    with pytest.raises(BadInput, match="looks like a list of sequences, .* add --lines"):
+        open_task("text", 8, file)
+    task = open_task("text", 8, file, lines=True)
+    assert set(rows(task, 50)[0]) <= {"C1CCCCC1", "CCO-CC=O"}
+
+
+def test_the_texts_own_reward_does_not_see_the_pad(tmp_path):
+    task = open_task("text", 12, write(tmp_path, "the cat sat\non a mat\n"), "-")
+    assert ask(task, task.encode(["on a mat----"])).item() == pytest.approx(1)
+    assert task.samples(task.encode(["on a mat----"])) == ["on a mat"]
+
+
+def test_a_reward_file_may_define_columns_of_the_report(tmp_path):
+    (tmp_path / "own.py").write_text("def score(s): return [len(x) for x in s]\n"
+                                     "def measure(s): return {'G': sum(x.count('G') for x in s)}\n")
+    task = open_task("toy", reward=f"{tmp_path / 'own.py'}:score")
+    tokens = task.encode(["GGGCCC", "AAAAAG"])
+    assert task.measure(None)(tokens, None) == {"G": 4} and TASKS["toy"].measure is None
 
 
 def test_cropping_takes_windows(tmp_path):
@@ -331,10 +365,15 @@ def test_text_with_a_pad_is_one_sequence_per_line(tmp_path):
 
 
 @pytest.mark.parametrize("content, more, message", [
-    ("ACGT\nACG\n", {}, "line 2 has 3 letters, --task=dna 4 slots: fill up with --pad=-, or choos"),
-    ("ACGT\nACGTA\n", {}, "line 2 has 5 letters, --task=dna 4 slots: cut windows with --crop, or ch"),
+    ("ACGT\nACG\n", {}, "2 has 3 letters, --task=dna 4 slots: fill up with --pad=-, or choose --l"),
+    ("ACGT\nACGTA\n", {}, "2 has 5 letters, --task=dna 4 slots: cut windows with --crop$"),
+    ("ACGTA\nACGTA\n", {}, "1 has 5 letters, .* cut windows with --crop, or choose --length=5"),
+    ("ACG\nAC\n", dict(crop=True), "no sequence of 4 letters .* choose --length=3 or less"),
+    ("LOCUS NC_1\nORIGIN\n 1 acgt", {}, "looks like GenBank: FASTA or one sequence per line"),
+    ("@read\nACGT\n+\nFFFF\n", {}, "looks like FASTQ"),
+    ("id,sequence\n1,ACGT\n2,ACGT\n", {}, "looks like CSV"),
+    (">x\nACGT\n>y\nAC\nXT\n", {}, "'X' at position 1 of .*data.txt line 5 is not in 'ACGT'"),
     ("ACGT\nACGTA\n", dict(pad="-"), "line 2 has 5 letters"),
-    ("ACGT\nACG\n", dict(crop=True), "line 2 has 3 letters"),
     ("ACGT\n\nACGT\n", {}, "data.txt line 2 is empty"),
     (">a\n>b\nACGT\n", {}, "data.txt line 1 is empty"),
     ("ACGT\nACXT\n", {}, "'X' at position 3 of .*data.txt line 2 is not in 'ACGT'"),
@@ -342,7 +381,7 @@ def test_text_with_a_pad_is_one_sequence_per_line(tmp_path):
     ("", {}, "data.txt is empty"), ("\n \n", {}, "data.txt is empty"),
     (b"\xff\xfe\x00A", {}, "data.txt is not text"),
     ("ACGT", dict(pad="--"), "--pad=--: one letter is needed"),
-    ("ACGT", dict(pad="A"), "--pad=A occurs in")])
+    ("ACGT", dict(pad="A"), "--pad=A occurs in"), ("CCGG", dict(pad="A"), "--pad=A is a letter of")])
 def test_files_that_cannot_be_used_get_a_line(content, more, message, tmp_path):
     with pytest.raises(BadInput, match=message):
         open_task("dna", 4, write(tmp_path, content), **more)
@@ -356,13 +395,13 @@ def test_missing_and_damaged_files_and_flags_that_need_one(tmp_path):
         with pytest.raises(BadInput, match=f"--data=.*{message}"):
             open_task("dna", 4, str(tmp_path / file) if file else str(tmp_path))
     for more in (dict(crop=True), dict(pad="-")):
-        with pytest.raises(BadInput, match="--pad and --crop are for"):
+        with pytest.raises(BadInput, match="--pad, --crop and --lines are for"):
             open_task("dna", **more)
     with pytest.raises(BadInput, match="--length=7: --task=toy has 6 slots"):
         open_task("toy", 7)
     with pytest.raises(BadInput, match="--length=2: --task=dna needs at least 3 slots"):
         open_task("dna", 2)
-    with pytest.raises(BadInput, match="data.txt has 5 letters, --task=text 48 slots"):
+    with pytest.raises(BadInput, match="no sequence of 48 letters"):
         open_task("text", 0, write(tmp_path, "short"))
 
 
