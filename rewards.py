@@ -410,8 +410,8 @@ FACTORS = {                 # transcription factor: consensus in IUPAC letters, 
 }
 MUTATION = 0.05             # probability that a letter of a site is redrawn
 GC_RANGE = (0.2, 0.8)       # the share of G and C in the background
-MEASUREMENTS = 500          # sequences whose activity was measured ...
-NOISE = 0.5                 # ... and the standard deviation of a measurement
+MEASUREMENTS = 300          # sequences whose activity was measured ...
+NOISE = 1.0                 # ... and the standard deviation of a measurement
 IUPAC = dict(A="A", C="C", G="G", T="T", R="AG", Y="CT", S="CG", W="AT", K="GT", M="AC", N="ACGT")
 OTHER_STRAND = str.maketrans("ACGT", "TGCA")
 

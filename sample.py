@@ -62,28 +62,33 @@ def main(argv=None):
 
 def run(args):
     names = ["pretrained", "finetuned"] if args.compare or args.plot else [args.which]
+    n = max(args.n, 1000) if args.plot else args.n
     samples, rewards = {}, {}
     for name in names:
         file = args.run / f"{name}.pt"
         task, process, model, steps, prompts = load_run(file)
-        prompts = read_prompts(task, args, prompts)
+        prompts = read_prompts(task, args.prompt, prompts, n)
         torch.manual_seed(args.seed)
         corrector = (args.corrector_steps, args.corrector_t) if args.corrector_steps else None
         policy = lambda x, t: model(x, t) / args.temperature
-        path = process.sample(policy, args.n, task.length, args.steps or steps, prompts,
+        path = process.sample(policy, n, task.length, args.steps or steps, prompts,
                               corrector=corrector)
-        reward = torch.full((args.n,), math.nan)
+        samples[name], rewards[name] = task.samples(path.tokens), [math.nan] * n
         if task.reward is not None:
-            reward = ask(task, path.tokens)
-        samples[name], rewards[name] = task.samples(path.tokens), reward.tolist()
+            rewards[name] = ask(task, path.tokens).tolist()
         distinct = len(path.tokens.unique(dim=0))
-        print(f"{file}: {args.n} samples, {distinct} distinct, mean reward {reward.mean():.3f}",
+        print(f"{file}: {n} samples, {distinct} distinct, mean reward {sum(rewards[name]) / n:.3f}",
               file=sys.stderr)
         if args.movie and name == args.which:
             movie(task, path, args.movie)
     if args.plot:
         histograms(rewards, args.plot)
+    write(args, task, samples, rewards)
 
+
+def write(args, task, samples, rewards):
+    """The first samples and their rewards, to standard output."""
+    names = list(samples) if args.compare else [args.which]
     if args.compare:
         print("    ".join(f"{'reward':>8}  {name:{task.length}}" for name in names).rstrip())
     for i in range(args.n):
@@ -91,22 +96,22 @@ def run(args):
         if args.format == "fasta":
             print(f">sample_{i + 1} reward={reward:.4g}\n{sample}")
         elif args.format == "jsonl":
-            print(json.dumps(dict(sample=sample, reward=reward)))
+            known = None if math.isnan(reward) else reward
+            print(json.dumps(dict(sample=sample, reward=known)))
         else:
-            shown = names if args.compare else [args.which]
-            columns = [f"{rewards[k][i]:8.4f}  {samples[k][i]:{task.length}}" for k in shown]
+            columns = [f"{rewards[k][i]:8.4f}  {samples[k][i]:{task.length}}" for k in names]
             print("    ".join(columns).rstrip())
     sys.stdout.flush()
 
 
-def read_prompts(task, args, prompts):
+def read_prompts(task, text, prompts, n):
     """--prompt, or else the run's held-out prompts -> tokens [n, L]; None without prompts."""
-    if not args.prompt:
-        return None if prompts is None else prompts[torch.arange(args.n) % len(prompts)]
-    if len(args.prompt) != task.length:
-        raise BadInput(f"--prompt={args.prompt} has {len(args.prompt)} letters, the task "
-                       f"{task.length} slots: write {task.blank} for a free slot")
-    return task.encode([args.prompt])
+    if not text:
+        return None if prompts is None else prompts[torch.arange(n) % len(prompts)]
+    if len(text) != task.length:
+        raise BadInput(f"--prompt={text} has {len(text)} letters, the task {task.length} slots: "
+                       f"write {task.blank} for a free slot")
+    return task.encode([text])
 
 # -----------------------------------------------------------------------------
 # checkpoints

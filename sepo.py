@@ -5,7 +5,8 @@ a reward. All methods here ascend J = E[R] - beta * KL(p_theta || p_ref), with R
 KL, in nats, that of the paths. Nothing in this file knows a chain: the process supplies views
 (visited states and the slots that are scored there) and the slot laws w.
 
-Reading order: what a sample is worth; SEPO; LOOP and PRDP; the exact optimum of small spaces.
+Reading order: what a sample is worth; SEPO on views; SEPO as published, on neighbours; LOOP and
+PRDP; the exact optimum of small spaces.
 """
 import torch
 
@@ -48,7 +49,8 @@ def advantages(returns, kind="grpo", baseline=None, scale=None):
     ppo      (R - m) / scale, with m the running mean of the rewards (Baseline)
     running  R - m                                                  (REINFORCE with a baseline)
 
-    scale: one number per rollout, from `reward_scale`; None: that of the returns themselves.
+    scale: one number per rollout, from `reward_scale` (1 for the other kinds); None: that of the
+    returns themselves.
     Equal returns, and the only sample of a group, get 0. Before the first update of the baseline
     m is the mean of this rollout."""
     origin = returns.flatten()[0].double()
@@ -64,8 +66,6 @@ def advantages(returns, kind="grpo", baseline=None, scale=None):
     if kind == "loo":
         G = returns.size(1)
         centred = centred * (G / max(1, G - 1))
-    if kind in ("dr_grpo", "loo", "running"):
-        return centred.float()
     scale = reward_scale(returns, kind, baseline) if scale is None else scale
     return torch.where(scale > 0, centred / scale, 0.0).float()
 
@@ -248,28 +248,25 @@ def loop_loss(process, model, path, advantages, clip=0.2, view=None):
     return loss, stats_of(active, weight, 3 * len(view.row))
 
 
-def prdp_loss(process, model, path, rewards, logp_ref, beta, clip=0.5, by_event=False, chunk=None):
+def prdp_loss(process, model, path, rewards, logp_ref, beta, clip=0.5, chunk=None):
     """Proximal reward difference prediction (PRDP, 2402.08714) -> (loss, stats).
 
     rewards [P, G]; logp_ref: log-probabilities under the reference, shaped as path.logp. At the
     optimum of J, d = beta log p(path)/p_ref(path) - R is the same for all paths of a prompt, if the
     conditionals of the reference agree with one law. The loss is the regression of all pairs of
-    a group on each other, which is that of each d on the group's mean. The proximal clip keeps
-    the log-ratio to the policy that drew the path within `clip` nats: of every event, as in the
-    paper (by_event), or of the whole path; the larger of both errors counts. Divided by 2 beta,
-    so that at theta_old its gradient is minus that of J."""
+    a group on each other, which is that of each d on the group's mean. The proximal clip keeps the
+    log-ratio of every event to the policy that drew it within `clip` nats, and the larger of both
+    errors counts. Divided by 2 beta, so that at theta_old its gradient is minus that of J."""
     def error(log_ratio):
-        d = beta * log_ratio - rewards                                                  # [P, G]
+        d = beta * log_ratio.view_as(rewards) - rewards                                 # [P, G]
         return (d - d.mean(dim=1, keepdim=True)).square() / (2 * beta)
 
     new = process.replay(model, path, chunk)
     change = path.by_event(new - path.logp)                                             # [B, E]
-    if not by_event:
-        change = change.sum(dim=1, keepdim=True)
-    old = (path.logp - logp_ref).flatten(1).sum(dim=1)                                  # [B]
-    free = error((old + change.sum(dim=1)).view_as(rewards))
     clipped = change.clamp(-clip, clip)
-    near = error((old + clipped.sum(dim=1)).view_as(rewards))
+    old = (path.logp - logp_ref).flatten(1).sum(dim=1)                                  # [B]
+    free = error(old + change.sum(dim=1))
+    near = error(old + clipped.sum(dim=1))
     active = (near > free) & (clipped != change).any(dim=1).view_as(rewards)
     stats = {"clip_fraction": active.float().mean(), "passes": REPLAY * len(path.visits[0])}
     return torch.maximum(free, near).mean(), stats

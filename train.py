@@ -260,7 +260,7 @@ def policy_losses(args, process, model, rollout):
     path, advantage, size = rollout.path, rollout.advantage, args.micro_batch
     if args.algo == "prdp":
         yield sepo.prdp_loss(process, model, path, rollout.reward, rollout.logp_ref, rollout.beta,
-                             args.clip, args.clip_by_event, size)
+                             args.clip, size)
         return
     if args.states == "neighbours":
         yield sepo.neighbours_loss(process, model, path, advantage, rollout.old, args.clip,
@@ -537,10 +537,9 @@ def get_parser():
     add("--path_events", type=whole, default=1, help="events scored per path and update (0: all)")
     add("--advantage", choices=["grpo", "dr_grpo", "loo", "ppo", "running"], default="grpo",
         help="advantage estimator")
-    add("--clip", type=real, default=0.1, help="clip of the ratio; prdp: of the log-ratio, nats")
+    add("--clip", type=real, default=0.1, help="clip of the ratio; prdp: of an event's log-ratio")
     add("--clip_mode", choices=["stop", "cap"], default="stop",
         help="stop: PPO's clip; cap: SEPO's own, a capped and detached coefficient")
-    add("--clip_by_event", action="store_true", help="prdp: clip every event, not the whole path")
     add("--beta", type=real, default=0.1, help="KL weight: the reward that one nat must bring; try "
         "a tenth to a half of the spread of your rewards")
     add("--beta_warmup", type=whole, default=0, help="rollouts over which beta grows from 0")

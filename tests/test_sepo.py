@@ -424,18 +424,20 @@ def test_the_proximal_clip_by_hand(drift, R, loss, active):
     assert got.item() == pytest.approx(loss, abs=1e-6) and stats["clip_fraction"] == 0.5 * active
 
 
-def test_prdp_clips_by_event_or_by_path():
-    """Two slots that moved by +0.3 and -0.3 nats: nothing over the path, too much per event."""
+def test_prdp_clips_every_event():
+    """Log-ratios of two events, old (0.3, -0.4), now (0, 0): moves of -0.3 and +0.4 are held at
+    -0.2 and +0.2, so the path stands at -0.1 where it would be at 0."""
     process, model = Absorbing(2), Table(2, 2, torch.zeros(9, 2, 2))
     path = process.sample(model, 2, 2)
     logp_ref = path.logp.clone()
     path.logp[0] += torch.tensor([0.3, -0.4])
     rewards = torch.tensor([[0.0, 1.0]])
-    by_path = sepo.prdp_loss(process, model, path, rewards, logp_ref, 1.0, 0.2)[0].item()
-    by_event = sepo.prdp_loss(process, model, path, rewards, logp_ref, 1.0, 0.2, True)[0].item()
-    assert by_path == pytest.approx(0.125, abs=1e-5)            # log-ratios 0 and 0
-    near = -0.1 - 0.2 + 0.2                                     # old -0.1, each event clipped
-    assert by_event == pytest.approx(max(0.125, (1 + near) ** 2 / 8), abs=1e-5)
+    loss, _ = sepo.prdp_loss(process, model, path, rewards, logp_ref, 1.0, 0.2)
+    free, near = 1 ** 2 / 8, (1 - 0.1) ** 2 / 8
+    assert loss.item() == pytest.approx(max(free, near), abs=1e-5)
+    rewards = torch.tensor([[1.0, 0.0]])
+    loss, _ = sepo.prdp_loss(process, model, path, rewards, logp_ref, 1.0, 0.2)
+    assert loss.item() == pytest.approx((1 + 0.1) ** 2 / 8, abs=1e-5)
 
 
 @pytest.mark.parametrize("G", [1, 4])

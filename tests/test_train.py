@@ -137,7 +137,7 @@ def test_checkpoints_are_plain_tensors(toy):
     ["--advantage=dr_grpo", "--dropout=0.1", "--dtype=bfloat16"],
     ["--schedule=cosine", "--corrector_steps=2"], ["--clip_mode=cap", "--micro_batch=3"],
     ["--algo=loop", "--micro_batch=5"], ["--algo=loop", "--path_events=2", "--process=uniform"],
-    ["--algo=prdp", "--group=4", "--prompts=2", "--clip_by_event"],
+    ["--algo=prdp", "--group=4", "--prompts=2"],
     ["--algo=prdp", "--process=uniform", "--beta_warmup=3", "--micro_batch=3"],
     ["--states=neighbours"], ["--states=neighbours", "--exact_neighbours", "--process=uniform"],
     ["--algo=reinforce", "--conv=3"], ["--kl=loss", "--ref_every=2"],
@@ -414,7 +414,7 @@ def test_a_run_killed_again_and_again_ends_with_the_same_numbers(tmp_path):
     train.main([*args, f"--out={tmp_path / 'whole'}"])
     out, chance, kills = tmp_path / "killed", random.Random(0), 0
     process, last = start(*args, f"--out={out}"), out / "last.pt"
-    while kills < 4:
+    while kills < 3:
         before = last.stat().st_mtime_ns if last.exists() else 0
         while process.poll() is None and not (last.exists() and last.stat().st_mtime_ns > before):
             time.sleep(0.005)                           # further than the sitting before
@@ -468,26 +468,24 @@ def test_two_processes_learn_what_one_does_with_the_whole_batch(tmp_path):
     assert any(not torch.equal(weight, begin[name]) for name, weight in one["model"].items())
 
 
-def test_a_run_of_two_processes_fails_as_one_and_resumes_to_the_same_numbers(tmp_path):
+def test_a_run_of_two_processes_resumes_to_the_same_numbers(tmp_path):
+    """The reward keeps a copy of the folder as it was in the middle; that is resumed."""
     (tmp_path / "own.py").write_text(f"""
-import os
+import os, shutil
 calls = []
 def score(samples):
     calls.append(1)
-    if len(calls) == 4 and not os.path.exists("{tmp_path / 'mended'}"):
-        raise RuntimeError("busy")
+    if len(calls) == 4 and os.environ["RANK"] == "0" and not os.path.exists("{tmp_path / 'b'}"):
+        shutil.copytree("{tmp_path / 'a'}", "{tmp_path / 'b'}")
     return [s.count("T") / 6 for s in samples]
 """)
     args = ["--task=toy", *TINY, "--prompts=2", "--report_samples=0", "--save_every=0"]
     reward = f"--reward={tmp_path / 'own.py'}:score"
     done = torchrun(ROOT / "train.py", *args, reward, f"--out={tmp_path / 'a'}")
-    assert done.returncode != 0 and "the reward raised RuntimeError: busy" in done.stderr
-    stopped = len(lines(tmp_path / "a", "finetune"))
-    (tmp_path / "mended").write_text("")
-    done = torchrun(ROOT / "train.py", "--task=toy", f"--out={tmp_path / 'a'}", "--resume")
     assert done.returncode == 0, done.stderr
-    done = torchrun(ROOT / "train.py", *args, reward, f"--out={tmp_path / 'b'}")
-    assert done.returncode == 0 and stopped < 4 == len(lines(tmp_path / "a", "finetune"))
+    assert len(lines(tmp_path / "b", "finetune")) < 4 == len(lines(tmp_path / "a", "finetune"))
+    done = torchrun(ROOT / "train.py", "--task=toy", f"--out={tmp_path / 'b'}", "--resume")
+    assert done.returncode == 0, done.stderr
     assert lines(tmp_path / "a") == lines(tmp_path / "b")
     assert lines(tmp_path / "a")[-1]["queries"] == 64
 
