@@ -396,7 +396,8 @@ def toy_reward(tokens):
 toy = Task("toy", "ACGT", 6, toy_data, toy_reward)
 
 # -----------------------------------------------------------------------------
-# dna: binding sites, their true activity, and an oracle that can be fooled
+# dna: binding sites, their true activity, and an oracle that can be fooled; the experiment of
+# DRAKES (2410.13643) in miniature
 
 FACTORS = {                 # transcription factor: consensus in IUPAC letters, weight as activator
     "HNF4A": ("CAAAGTCCA", 1.0),
