@@ -199,15 +199,15 @@ def neighbours(process, model, path, exact=False, steps=None, M=2):
             return log_s, law[(y * place).sum(dim=-1)], B * L + (V + 1) ** L
         time = torch.zeros(B * L * V, device=x.device)
         pi = model(y.view(-1, L), time).softmax(dim=-1)                           # [BLV, L, V]
-        z = torch.multinomial(pi.flatten(0, 1), M, replacement=True).view(-1, L, M)
-        z = z.transpose(1, 2)                                                     # [BLV, M, L]
-        at_y = pi.log()[:, None].expand(-1, M, -1, -1)
-        at_z = model(z.reshape(-1, L), time.repeat(M)).log_softmax(dim=-1).view(-1, M, L, V)
-        slots = slot.repeat_interleave(V).repeat(B)[:, None, None].expand(-1, M, 1)
-        given_y = pick(at_y, z).gather(2, slots).squeeze(2)                             # [BLV, M]
-        given_z = pick(at_z, z).gather(2, slots).squeeze(2)
-        weight = (-given_z - given_y).softmax(dim=1)
-        p = (weight * given_y.exp()).sum(dim=1).view(B, L, V)
+        z = torch.multinomial(pi.flatten(0, 1), M, replacement=True)              # [BLV * L, M]
+        z = z.view(-1, L, M).transpose(1, 2)                                      # [BLV, M, L]
+        pi_z = model(z.reshape(-1, L), time.repeat_interleave(M)).softmax(dim=-1).view(-1, M, L, V)
+        at = torch.arange(B * L * V, device=x.device), slot.repeat_interleave(V).repeat(B)
+        z_i = z[at[0], :, at[1]]                                # at the changed slot: [BLV, M]
+        given_y = pi[at].gather(1, z_i)                                           # pi(z | y)
+        given_z = pick(pi_z[at[0], :, at[1]], z_i)                                # pi(z | z)
+        weight = (-(given_z * given_y).clamp(min=1e-30).log()).softmax(dim=1)     # ~ 1 / product
+        p = (weight * given_y).sum(dim=1).view(B, L, V)
     return log_s, p, B * L * (1 + V + M * V)
 
 
