@@ -24,6 +24,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 
+AMBIGUOUS = re.compile("[NRYSWKMBDHV]+")    # IUPAC letters for more than one nucleotide
+
+
 class BadInput(ValueError):
     """What the user gave cannot be used. One line: what is wrong, where, and what to do."""
 
@@ -85,7 +88,9 @@ class Task:
         """Raises BadInput if the string has a letter that is not among `letters`."""
         for c in set(string).difference(letters or self.alphabet):
             place = string.index(c) + 1
-            raise BadInput(f"{c!r} at position {place} of {where} is not in {self.alphabet!r}")
+            hint = "; windows (--crop) avoid it" if AMBIGUOUS.fullmatch(c) else ""
+            raise BadInput(f"{c!r} at position {place} of {where} is not in {self.alphabet!r}"
+                           f"{hint}")
 
 # -----------------------------------------------------------------------------
 # asking a reward
@@ -259,7 +264,7 @@ def without_ambiguous_letters(records):
     pieces, skipped = [], 0
     for record in records:
         letters = letters_of(record)
-        clean = re.split("[NRYSWKMBDHV]+", letters)
+        clean = AMBIGUOUS.split(letters)
         skipped += len(letters) - sum(map(len, clean))
         pieces += [record] if len(clean) == 1 else [[(record[0][0], s)] for s in clean if s]
     if skipped:

@@ -160,7 +160,7 @@ def load_run(file):
     try:
         task = task_of(args)
     except BadInput as error:
-        print(f"no scores: {error}", file=sys.stderr)
+        print(f"no scores (nan): {error}", file=sys.stderr)
         task = replace(TASKS[args.task], length=model.config.length, reward=None, oracle=None)
     task.alphabet, task.pad = saved["alphabet"], saved["pad"]
     if task.oracle is not None:

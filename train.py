@@ -75,6 +75,8 @@ def run(args):
     torch.manual_seed(args.seed)                        # the same initial weights on every process
     task = sample.task_of(args)
     process = sample.CHAINS[args.process](task.vocab_size, args.schedule)
+    if args.exact_neighbours and not task.is_small(args.steps):
+        raise BadInput(f"--exact_neighbours: the space of --task={args.task} is too large")
 
     # a new network, or one that was pre-trained before
     pretrained = args.out / "pretrained.pt"
@@ -478,17 +480,16 @@ def get_parser():
     epilog = "own defaults:"
     for name, flags in DEFAULTS.items():
         epilog += f"\n  {name}: " + " ".join(f"--{flag}={value}" for flag, value in flags.items())
-    parser = Parser(description=__doc__, epilog=epilog, formatter_class=HelpFormatter,
-                    allow_abbrev=False)
-    add = parser.add_argument
-    # the run
+    parser = Parser(usage="train.py [--flag=value ...]", description=__doc__, epilog=epilog,
+                    formatter_class=HelpFormatter, allow_abbrev=False)
+    add = parser.add_argument_group("the run").add_argument
     add("--task", choices=TASKS, default="toy", help="what to learn")
     add("--out", default="", help="folder for the results (empty: out/<task>)")
     add("--seed", type=whole, default=0, help="seed of every random draw")
     add("--resume", action="store_true", help="continue the run in --out with its own flags")
     add("--overwrite", action="store_true", help="replace the run in --out")
     add("--save_every", type=whole, default=30, help="seconds between two saves of last.pt")
-    # your own data, reward and model
+    add = parser.add_argument_group("your own data, reward and model").add_argument
     add("--data", default="", help="file to pre-train on: FASTA or one sequence per line; for "
         "--task=text one running text, unless --lines or --pad is given; .gz too")
     add("--length", type=whole, default=0, help="sequence length (0: the task's)")
@@ -498,31 +499,31 @@ def get_parser():
     add("--reward", default="", help="file.py:function, list[str] -> list[float]; the file's "
         "measure, list[str] -> {column: number}, adds columns to the report")
     add("--init", default="", help="a pretrained.pt to start from; it brings the network's size")
-    # system
+    add = parser.add_argument_group("system").add_argument
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: cuda if present")
     add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
         help="of matrix products; auto: bfloat16 on cuda")
     add("--compile", action="store_true", help="torch.compile the transformer blocks")
     add("--micro_batch", type=whole, default=0, help="states per backward pass (0: all at once)")
-    # noise
+    add = parser.add_argument_group("noise").add_argument
     add("--process", choices=sample.CHAINS, default="absorb", help="noise: masks or random letters")
     add("--schedule", choices=SCHEDULES, default="linear", help="noise level over time")
-    # model
+    add = parser.add_argument_group("model").add_argument
     add("--n_layer", type=count, default=4, help="transformer blocks")
     add("--n_head", type=count, default=4, help="attention heads")
     add("--n_embd", type=count, default=128, help="channels of the residual stream")
     add("--conv", type=whole, default=0, help="width of a convolution on the embeddings (0: none)")
     add("--dropout", type=real, default=0.0, help="dropout, during pre-training only")
-    # pre-training
+    add = parser.add_argument_group("pre-training").add_argument
     add("--pretrain_iters", type=count, default=800, help="optimizer steps")
     add("--pretrain_batch", type=count, default=128, help="sequences per step")
     add("--pretrain_lr", type=real, default=2e-3, help="peak learning rate")
     add("--data_size", type=count, default=20000, help="sequences to generate, or windows to cut")
-    # sampling
+    add = parser.add_argument_group("sampling").add_argument
     add("--steps", type=whole, default=0, help="steps of the time grid (0: none; absorb only)")
     add("--corrector_steps", type=whole, default=0, help="corrector moves per rollout")
     add("--corrector_t", type=real, default=0.5, help="time at which the corrector runs")
-    # fine-tuning
+    add = parser.add_argument_group("fine-tuning").add_argument
     add("--algo", choices=["sepo", "loop", "prdp", "reinforce"], default="sepo", help="method")
     add("--iters", type=count, default=100, help="rollouts")
     add("--prompts", type=count, default=1, help="prompts per rollout (P)")
@@ -549,7 +550,7 @@ def get_parser():
     add("--consistency", type=real, default=0.0, help="weight of the bound on own samples")
     add("--entropy", type=real, default=0.0, help="weight of the entropy bonus")
     add("--grad_clip", type=real, default=1.0, help="largest gradient norm")
-    # evaluation
+    add = parser.add_argument_group("evaluation").add_argument
     add("--eval_every", type=count, default=10, help="rollouts between evaluations")
     add("--report_samples", type=whole, default=1000, help="samples per model in the final report")
     return parser
@@ -588,7 +589,7 @@ def parse_args(argv=None):
 
 def check_combinations(parser, args):
     uniform = args.process == "uniform"
-    others = args.states != "path" or args.kl != "return" or args.consistency or args.entropy
+    options = args.kl != "return" or args.consistency or args.entropy or args.clip_mode != "stop"
     for wrong, message in [
         (uniform and args.states == "noised", "--states=noised needs masks: use --process=absorb"),
         (uniform and not args.steps, "--process=uniform needs a time grid: try --steps=16"),
@@ -602,8 +603,10 @@ def check_combinations(parser, args):
          "--group=1 leaves nothing to compare a sample with: add --advantage=running"),
         (args.algo == "prdp" and not args.beta, "--algo=prdp needs --beta above 0"),
         (args.algo == "prdp" and args.path_events, "--algo=prdp needs --path_events=0: all events"),
-        (args.algo != "sepo" and others,
-         f"--states, --kl, --consistency and --entropy do not apply to --algo={args.algo}"),
+        (args.algo != "sepo" and (options or args.states != "path"),
+         f"--states, --kl, --consistency, --entropy and --clip_mode do not apply to {args.algo}"),
+        (args.states == "neighbours" and (options or args.micro_batch),
+         "--states=neighbours has no --kl, --consistency, --entropy, --clip_mode or --micro_batch"),
     ]:
         if wrong:
             parser.error(message)

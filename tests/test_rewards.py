@@ -298,7 +298,7 @@ def test_windows_of_a_genome_avoid_ambiguous_letters_and_say_so(tmp_path, capsys
     assert "avoid 6 ambiguous letters" in capsys.readouterr().err
     drawn = set(task.decode(task.data(2000)))
     assert drawn and all(s in left or s in right for s in drawn)
-    with pytest.raises(BadInput, match="'[NR]' at position [16] of .*line 3 is not in"):
+    with pytest.raises(BadInput, match="'[NR]' at position [16] of .*line 3 is not in 'ACGT'; windows .--crop. avoid"):
         open_task("dna", 206, file)
 
 

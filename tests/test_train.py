@@ -232,7 +232,9 @@ def test_own_data_and_reward_and_a_start_from_a_saved_model(tmp_path, monkeypatc
     (["--process=uniform", "--states=noised"], "--states=noised needs masks"),
     (["--process=uniform", "--steps=0"], "--process=uniform needs a time grid"),
     (["--algo=prdp", "--beta=0"], "--algo=prdp needs --beta above 0"),
-    (["--algo=loop", "--states=noised"], "do not apply to --algo=loop"),
+    (["--algo=loop", "--states=noised"], "do not apply to loop"),
+    (["--states=neighbours", "--kl=loss"], "--states=neighbours has no --kl"),
+    (["--task=dna", "--states=neighbours", "--exact_neighbours"], "the space of --task=dna is too"),
     (["--device=cuda"], "sees no CUDA device"),
     (["--resume"], "holds no run")])
 def test_bad_flags_get_one_line_and_status_2(args, message, tmp_path, capsys):
@@ -283,7 +285,7 @@ def test_a_run_folder_stands_by_itself(tmp_path, capsys):
     capsys.readouterr()
     sample.main([f"--run={tmp_path / 'out'}", "--n=30"])
     out, err = capsys.readouterr()
-    assert "no scores: --data=" in err and len(out.splitlines()) == 30
+    assert "no scores (nan): --data=" in err and len(out.splitlines()) == 30
     assert set("".join(line.split()[-1] for line in out.splitlines())) <= set("MKVLA")
 
 
