@@ -19,6 +19,7 @@ from pathlib import Path
 from pydoc_data import topics
 from typing import Callable
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -81,8 +82,9 @@ class Task:
         letters = self.alphabet + self.blank
         for string in strings:
             self.check(string, repr(string), letters)
-        token = {letter: v for v, letter in enumerate(letters)}
-        return torch.tensor([[token[c] for c in string] for string in strings])
+        token = str.maketrans({letter: chr(v) for v, letter in enumerate(letters)})
+        codes = [string.translate(token).encode("utf-32-le") for string in strings]
+        return torch.from_numpy(np.stack([np.frombuffer(c, np.int32) for c in codes])).long()
 
     def check(self, string, where, letters=None):
         """Raises BadInput if the string has a letter that is not among `letters`."""

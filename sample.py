@@ -209,16 +209,15 @@ def report(args, task, process, reference, model, evaluate, data):
     asked = 2 * n if is_small else 3 * n + few * (k + 1)
     print(f"report: asks for {asked:,} more rewards (--report_samples=0: none)")
 
-    def draw(policy, n, prompts):
+    samples = {}
+    for name, policy in (("pre-trained", reference), ("fine-tuned", model)):
         path = process.sample(policy, n, task.length, steps, prompts)
         with torch.no_grad():
             log_ratio = path.logp - process.replay(reference, path)
-        return path.tokens, log_ratio.flatten(1).sum(dim=1).mean().item()
-
-    samples = {"pre-trained": draw(reference, n, prompts), "fine-tuned": draw(model, n, prompts)}
+        samples[name] = path.tokens, log_ratio.flatten(1).sum(dim=1).mean().item()
     if not is_small:                                    # the data, and the simplest rival
         prompts = None if prompts is None else prompts[:few].repeat_interleave(k, dim=0)
-        many = draw(reference, few * k, prompts)[0]
+        many = process.sample(reference, few * k, task.length, steps, prompts).tokens
         best = ask(task, many).view(few, k).argmax(dim=1)
         best = many.view(few, k, task.length)[torch.arange(few), best]
         samples["best of 16"] = best, math.log(k) - (k - 1) / k     # its KL is at most this
