@@ -28,7 +28,7 @@ LOWEST, HIGHEST = math.exp(-SIGMA_MAX), math.exp(-SIGMA_MIN)
 def geometric(t):
     """alpha = exp(-sigma), sigma = SIGMA_MIN^(1-t) SIGMA_MAX^t, rescaled to run from 1 to 0."""
     sigma = SIGMA_MIN * (SIGMA_MAX / SIGMA_MIN) ** t
-    return ((-sigma).exp() - LOWEST) / (HIGHEST - LOWEST)
+    return (((-sigma).exp() - LOWEST) / (HIGHEST - LOWEST)).clamp(0, 1)
 
 
 def geometric_inverse(alpha):
@@ -128,9 +128,8 @@ class Path(Visits):
         return torch.where(self.event >= j, self.mask, self.tokens)
 
     def view(self, row, event):
-        """The states of rows [n] before their events (int or [n]), and the slots revealed there."""
-        event = torch.as_tensor(event, device=row.device).view(-1, 1)
-        tokens, index = self.tokens[row], self.event[row]
+        """The states of rows [n] before their events [n], and the slots revealed there."""
+        tokens, index, event = self.tokens[row], self.event[row], event[:, None]
         revealed, slots = (index == event).float().topk(self.width, dim=1)              # [n, k]
         x = torch.where(index >= event, self.mask, tokens)
         t = self.time[row].gather(1, slots[:, :1]).squeeze(1).clamp(max=1)
@@ -227,7 +226,7 @@ class Chain:
         """Score entropy of the data x0 [B, L] -> scalar, in nats per sequence.
 
         An estimate of a bound on -log p_theta(x0); with slots `given` [B, L], on minus the
-        log-probability of the other slots given these."""
+        log-probability of the other slots given these. (Uniform cuts its integral: see there.)"""
         return self.losses(model, x0, generator, given).mean()
 
     @torch.no_grad()
@@ -253,8 +252,8 @@ class Chain:
         """Log-probability under `model` of every transition of the path, shaped as path.logp, nats.
 
         All visited states are known, so they are scored together, `chunk` states (default: B)
-        per forward pass. With gradients each pass is recomputed in the backward pass, so memory
-        does not grow with the number of events."""
+        per forward pass. With gradients each pass is recomputed in the backward pass, so that the
+        memory of activations does not grow with the number of events."""
         def score(view):
             return pick(self.log_law(model, view), view.y) * view.weight                # [n, k]
 
@@ -283,7 +282,8 @@ class Chain:
             old = x.gather(1, slot)
             law = self.jump_law(model, x, t, slot)                                      # [B, W]
             stay = (1 - law.sum(dim=1, keepdim=True)).clamp(min=0)
-            new = torch.multinomial(law.scatter(1, old, stay), 1, generator=generator)
+            log_law = law.scatter(1, old, stay).log()
+            new = (log_law + gumbel_like(law, generator)).argmax(dim=1, keepdim=True)
             is_free = free.gather(1, slot) > 0          # a row may be given entirely
             x = x.scatter(1, slot, torch.where(is_free, new, old))
         return x
@@ -406,7 +406,7 @@ class Absorbing(Chain):
             if n == 0:
                 break
             row = longest_first[:n]
-            view = path.view(row, j)
+            view = path.view(row, torch.full_like(row, j))
             logits = logits_at(model, view.x, view.t, view.slots)                       # [n, k, V]
             y = (logits + gumbel_like(logits, generator)).argmax(dim=-1)                # [n, k]
             logp = pick(logits.log_softmax(dim=-1), y)

@@ -113,7 +113,8 @@ def ask(task, tokens):
     if isinstance(values, list):
         if len(values) != len(tokens):
             raise BadInput(f"the reward returned {len(values)} values for {len(tokens)} samples")
-        values = torch.tensor([number(task, tokens, i, v) for i, v in enumerate(values)])
+        values = [number(task, tokens, i, value) for i, value in enumerate(values)]
+        values = torch.tensor(values, dtype=torch.double)
     if values.shape != tokens.shape[:1]:
         raise BadInput(f"the reward returned shape {list(values.shape)}: it must be "
                        f"[{len(tokens)}], one number per sample")
@@ -137,7 +138,8 @@ def number(task, tokens, i, value):
 
 def in_user_code(error):
     """An exception in one line, with the innermost line of code that is not a library's."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if "/lib/" not in f.filename]
+    frames = traceback.extract_tb(error.__traceback__)
+    frames = [f for f in frames if "/lib/" not in f.filename and f.filename[0] != "<"]
     text = " ".join(str(error).split())[:300]
     frame = frames[-1] if frames else None
     place = f" in {Path(frame.filename).name} line {frame.lineno}" if frame else ""
@@ -204,6 +206,8 @@ def open_task(name, length=0, data="", pad="", crop=False, lines=False, reward="
     """The task as the flags of a run want it; raises BadInput for what cannot be used.
 
     length 0: the task's own. data: a file to pre-train on. reward: file.py:function."""
+    if name not in TASKS:
+        raise BadInput(f"task {name!r} is not in rewards.TASKS")
     task = TASKS[name]
     if (pad or crop or lines) and not data:
         raise BadInput("--pad, --crop and --lines are for sequences from a file: give --data too")
@@ -226,8 +230,16 @@ def open_task(name, length=0, data="", pad="", crop=False, lines=False, reward="
         task.reward = lambda tokens: score(task.samples(tokens))
         task.measure = None
         if measure:
-            task.measure = lambda data: lambda tokens, rewards: measure(task.samples(tokens))
+            task.measure = lambda data: lambda tokens, rewards: columns_of(task, measure, tokens)
     return task
+
+
+def columns_of(task, measure, tokens):
+    """What the user's `measure` says of tokens [B, L] -> {column: float}; raises BadInput."""
+    try:
+        return {str(k): float(v) for k, v in measure(task.samples(tokens)).items()}
+    except Exception as error:
+        raise BadInput(f"measure must return a number per column: {in_user_code(error)}") from error
 
 
 def letters_of(record):
@@ -242,15 +254,15 @@ def use_data(task, records, file, pad, crop):
     if pad:
         everything = set("".join(map(letters_of, records)))
         if pad in everything:
-            free = next(c for c in "-_.~#*=@+" if c not in everything)
+            free = next((c for c in "-.~#*=@+" if c not in everything), "$")
             raise BadInput(f"--pad={pad} occurs in {file}: its copies would be lost; choose a free "
                            f"letter, such as --pad={free}")
         if pad in task.alphabet:
             raise BadInput(f"--pad={pad} is a letter of --task={task.name}: choose another")
         task.alphabet, task.pad = task.alphabet + pad, pad
-    if crop and task.alphabet == "ACGT":
+    if crop and task.alphabet.startswith("ACGT"):
         records = without_ambiguous_letters(records)
-    if crop:
+    if crop and not pad:
         records = long_enough(records, task.length, file)
     check_records(task, records, file, crop)
     x = [task.encode([letters_of(record).ljust(task.length, pad or " ")]) for record in records]
@@ -277,9 +289,10 @@ def without_ambiguous_letters(records):
 def long_enough(records, length, file):
     """The records that windows can be cut from; says how many are not."""
     sizes = [len(letters_of(record)) for record in records]
-    if max(sizes) < length:
+    longest = max(sizes, default=0)
+    if longest < length:
         raise BadInput(f"--data={file} has no sequence of {length} letters to cut windows from: "
-                       f"choose --length={max(sizes)} or less")
+                       f"the longest has {longest}")
     kept = [record for record, size in zip(records, sizes) if size >= length]
     if len(kept) < len(records):
         print(f"{len(records) - len(kept):,} sequences shorter than {length} letters are skipped",
@@ -343,7 +356,7 @@ def refuse_other_formats(file, lines, as_text):
     is_genbank, is_table = first.startswith("LOCUS"), False
     for separator in ",;\t":
         counts = {line.count(separator) for line in lines[:20]}
-        is_table |= len(lines) > 2 and len(counts) == 1 and counts != {0}
+        is_table |= len(lines) >= 5 and len(counts) == 1 and counts != {0}
     for name, is_it in (("GenBank", is_genbank), ("FASTQ", is_fastq), ("CSV", is_table)):
         if is_it:
             raise BadInput(f"--data={file} looks like {name}: FASTA or one sequence per line is "

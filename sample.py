@@ -13,7 +13,7 @@ import json
 import math
 import os
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ import torch
 import sepo
 from diffusion import Absorbing, Uniform
 from model import Config, Denoiser
-from rewards import TASKS, BadInput, ask, open_task
+from rewards import BadInput, Task, ask, open_task
 
 CHAINS = {"absorb": Absorbing, "uniform": Uniform}
 
@@ -36,7 +36,7 @@ def main(argv=None):
     add("--which", choices=["pretrained", "finetuned"], default="finetuned", help="which model")
     add("--compare", action="store_true", help="both models, side by side")
     add("--n", type=int, default=10, help="number of samples")
-    add("--steps", type=int, help="steps of the time grid, in place of the run's")
+    add("--steps", type=int, help="steps of the time grid, in place of the run's (0: none)")
     add("--prompt", default="", help="given letters, with _ for free slots: TC____")
     add("--temperature", type=float, default=1.0, help="divides the logits")
     add("--corrector_steps", type=int, default=0, help="corrector moves")
@@ -44,10 +44,14 @@ def main(argv=None):
     add("--seed", type=int, default=0, help="seed of every random draw")
     add("--format", choices=["text", "fasta", "jsonl"], default="text", help="of the samples")
     add("--movie", default="", help="file.gif: the reverse process of a few samples")
-    add("--plot", default="", help="file.png: histograms of both models' rewards")
+    add("--plot", default="", help="file.png: rewards of 1,000 samples of both models")
     args = parser.parse_args(argv)
-    if args.n < 1 or args.temperature <= 0 or not 0 < args.corrector_t < 1:
+    if args.n < 1 or not args.temperature > 0 or not 0 < args.corrector_t < 1:
         parser.error("--n and --temperature must be positive, --corrector_t between 0 and 1")
+    if args.corrector_steps < 0 or (args.steps or 0) < 0:
+        parser.error("--steps and --corrector_steps must not be negative")
+    if args.compare and args.format != "text":
+        parser.error(f"--compare prints a table: --format={args.format} is for one model")
     for file, ending in ((args.movie, ".gif"), (args.plot, ".png")):
         if file and not file.endswith(ending):
             parser.error(f"{file}: a name that ends in {ending} is needed")
@@ -70,9 +74,9 @@ def run(args):
         prompts = read_prompts(task, args.prompt, prompts, n)
         torch.manual_seed(args.seed)
         corrector = (args.corrector_steps, args.corrector_t) if args.corrector_steps else None
+        steps = steps if args.steps is None else args.steps
         policy = lambda x, t: model(x, t) / args.temperature
-        path = process.sample(policy, n, task.length, args.steps or steps, prompts,
-                              corrector=corrector)
+        path = process.sample(policy, n, task.length, steps or None, prompts, corrector=corrector)
         samples[name], rewards[name] = task.samples(path.tokens), [math.nan] * n
         if task.reward is not None:
             rewards[name] = ask(task, path.tokens).tolist()
@@ -81,6 +85,8 @@ def run(args):
               file=sys.stderr)
         if args.movie and name == args.which:
             movie(task, path, args.movie)
+    if args.plot and task.reward is None:
+        raise BadInput("--plot needs scores")
     if args.plot:
         histograms(rewards, args.plot)
     write(args, task, samples, rewards)
@@ -88,9 +94,9 @@ def run(args):
 
 def write(args, task, samples, rewards):
     """The first samples and their rewards, to standard output."""
-    names = list(samples) if args.compare else [args.which]
+    names, width = list(samples) if args.compare else [args.which], max(10, task.length)
     if args.compare:
-        print("    ".join(f"{'reward':>8}  {name:{task.length}}" for name in names).rstrip())
+        print("    ".join(f"{'reward':>8}  {name:{width}}" for name in names).rstrip())
     for i in range(args.n):
         sample, reward = samples[args.which][i], rewards[args.which][i]
         if args.format == "fasta":
@@ -99,7 +105,7 @@ def write(args, task, samples, rewards):
             known = None if math.isnan(reward) else reward
             print(json.dumps(dict(sample=sample, reward=known)))
         else:
-            columns = [f"{rewards[k][i]:8.4f}  {samples[k][i]:{task.length}}" for k in names]
+            columns = [f"{rewards[k][i]:8.4f}  {samples[k][i]:{width}}" for k in names]
             print("    ".join(columns).rstrip())
     sys.stdout.flush()
 
@@ -161,7 +167,7 @@ def load_run(file):
         task = task_of(args)
     except BadInput as error:
         print(f"no scores (nan): {error}", file=sys.stderr)
-        task = replace(TASKS[args.task], length=model.config.length, reward=None, oracle=None)
+        task = Task(args.task, saved["alphabet"], model.config.length, data=None, reward=None)
     task.alphabet, task.pad = saved["alphabet"], saved["pad"]
     if task.oracle is not None:
         task.oracle.load_state_dict(saved["oracle"])
@@ -200,12 +206,12 @@ def make_evaluate(args, task, process, reference, data):
 
 def report(args, task, process, reference, model, evaluate, data):
     """Print each model's reward, KL to the pre-trained one and samples; save report.json."""
+    if not args.report_samples:
+        return
     held_out = held_out_data(task, args.report_samples, args.seed).to(data.device)
     n, steps, k = len(held_out), args.steps or None, 16
     prompts, few = task.prompts(held_out), max(1, n // 4)
     is_small = task.is_small(steps)
-    if not n:
-        return
     asked = 2 * n if is_small else 3 * n + few * (k + 1)
     print(f"report: asks for {asked:,} more rewards (--report_samples=0: none)")
 
@@ -267,9 +273,9 @@ def plot_curve(out):
     plt = pyplot()
     lines = [json.loads(line) for line in open(out / "metrics.jsonl")]
     lines = [line for line in lines if line["phase"] == "finetune"]
-    usual = ("phase", "iter", "queries", "passes", "reward", "clip_fraction", "kl", "exact", "best",
-             "pretrained")
-    own = [key for line in lines for key in line if not key.startswith(usual)]
+    usual = {"phase", "iter", "queries", "passes", "reward", "reward_std", "clip_fraction", "kl",
+             "kl_after_corrector", "exact_reward", "exact_kl", "best_reward", "pretrained_reward"}
+    own = [key for line in lines for key in line if key not in usual]
     fourth = (own + ["reward_std"])[0]
     figure, axes = plt.subplots(2, 2, figsize=(10, 6), sharex=True)
 

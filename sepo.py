@@ -1,16 +1,17 @@
 """Policy optimization on sampled paths of a discrete diffusion model.
 
 A model drew a Path of B = P * G samples, G for each of P prompts, and a black box gave each sample
-a reward. All methods here ascend J = E[R] - beta * KL(p_theta || p_ref), with R the reward and the
-KL, in nats, that of the paths. Nothing in this file knows a chain: the process supplies views
-(visited states and the slots that are scored there) and the slot laws w.
+a reward. The objective is J = E[R] - beta * KL(p_theta || p_ref), with R the reward and the KL, in
+nats, that of the paths. LOOP, and SEPO on visited states with the KL in the return, ascend it at
+theta_old; the other choices approximate it, as their docstrings say. Nothing in this file knows a
+chain: the process supplies views (states and the slots that are scored there) and slot laws w.
 
 Reading order: what a sample is worth; SEPO on views; SEPO as published, on neighbours; LOOP and
 PRDP; the exact optimum of small spaces.
 """
 import torch
 
-from diffusion import every_sequence, pick
+from diffusion import every_sequence, logits_at, pick
 
 REPLAY = 4          # passes per state of a replay: forward, recomputed forward, backward (two)
 
@@ -18,19 +19,18 @@ REPLAY = 4          # passes per state of a replay: forward, recomputed forward,
 # what a sample is worth
 
 class Baseline:
-    """Running mean and variance of the rewards, for the advantages `ppo` and `running`."""
+    """Running mean of the returns and variance of the rewards, for kinds `ppo` and `running`."""
 
     def __init__(self, decay=0.9):
         self.decay = decay
         self.mean = self.variance = self.weight = 0.0
 
-    def update(self, rewards):
-        """Fold in a rollout's rewards (any shape), after its advantages were taken."""
+    def update(self, returns, rewards):
+        """Fold in a rollout (tensors of any shape), after its advantages were taken."""
         self.weight = self.decay * self.weight + 1 - self.decay
         rate = (1 - self.decay) / self.weight           # 1 at first: no bias towards the zeros
-        rewards = rewards.double()
-        self.mean += rate * (rewards.mean().item() - self.mean)
-        spread = (rewards - self.mean).square().mean().item()
+        self.mean += rate * (returns.double().mean().item() - self.mean)
+        spread = rewards.double().var(correction=0).item()      # within the rollout
         self.variance += rate * (spread - self.variance)
 
     def state_dict(self):
@@ -46,13 +46,13 @@ def advantages(returns, kind="grpo", baseline=None, scale=None):
     grpo     (R - group mean) / scale                               (GRPO, 2402.03300)
     dr_grpo  R - group mean                                         (Dr. GRPO, 2503.20783)
     loo      R - mean of the others in the group                    (LOOP, 2503.00897)
-    ppo      (R - m) / scale, with m the running mean of the rewards (Baseline)
+    ppo      (R - m) / scale, with m the running mean of the returns (Baseline)
     running  R - m                                                  (REINFORCE with a baseline)
 
     scale: one number per rollout, from `reward_scale` (1 for the other kinds); None: that of the
     returns themselves.
-    Equal returns, and the only sample of a group, get 0. Before the first update of the baseline
-    m is the mean of this rollout."""
+    With grpo, dr_grpo and loo the only sample of a group gets 0, and so do equal returns. Before
+    the first update of the baseline m is the mean of this rollout."""
     origin = returns.flatten()[0].double()
     shifted = returns.double() - origin                 # equal returns become exactly 0
     if kind in ("ppo", "running"):
@@ -120,8 +120,8 @@ def surrogate(log_ratio, A, clip, mode="stop"):
     """What each scored token contributes to the objective, and where the clip is active.
 
     stop  PPO's min(r A, clip(r) A) (1707.06347): no gradient where the clip is active.
-    cap   the same number as a detached coefficient of the log-probability (SEPO's own loss; CISPO,
-          2506.13585): the gradient is capped and never stops."""
+    cap   the same number as a detached coefficient of the log-probability (SEPO's own loss): for
+          A > 0 the gradient is capped, and it never stops. CISPO (2506.13585) caps both signs."""
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - clip, 1 + clip) * A
     active = (ratio * A > clipped).detach()
@@ -149,10 +149,11 @@ def sepo_loss(process, model, path, advantages, states="path", clip=0.2, clip_mo
     So a line costs one number, log w of its token. Conditioning on the line is our step, not the
     paper's. With states="path" w is the sampler's own transition kernel: at theta_old the gradient
     is minus the policy gradient of the sampler as it runs (as DDPO, 2305.13301, for images), and
-    with clip_mode="stop" the loss is that of LOOP on one event of the path.
+    with clip_mode="stop" the loss is that of LOOP on one event, where an event moves one slot.
 
     advantages: [B]. view: the scored states; None draws them here, with theta as theta_old.
-    consistency: weight of the likelihood bound on own samples (DiPOD, 2606.13795). entropy: weight
+    consistency: weight of log w of own samples; on noised states that is the likelihood bound, and
+    holds it tight (DiPOD, 2606.13795). entropy: weight
     of the entropy of the slot laws, nats. reference, beta: KL(w || w_reference) in closed form,
     nats, and its weight. Losses of the parts of a view (view.split) add up to its loss."""
     view = draw_view(process, path, states) if view is None else view
@@ -184,7 +185,9 @@ def neighbours(process, model, path, exact=False, steps=None, M=2):
     y is x with slot i set to v. s is the ratio of the slot laws at t -> 0. p(y): with `exact` the
     law of the sampler (small spaces; steps: its grid); else by self-normalized importance sampling
     as in the paper: M sequences z ~ pi(. | y) from the network's slot laws at y, weighed by
-    pi(z) / pi(z | y) with pi(z) ~ 1 / pi(z | z), all factors at the slot that was changed."""
+    pi(z) / pi(z | y) with pi(z) ~ 1 / pi(z | z), all factors at the slot that was changed. As in
+    the authors' code the mean is over pi(z | y), where the identity has pi(y | z), and a masked
+    model is read at slots that are not masked, which its training leaves untouched."""
     x, V = path.tokens, process.vocab_size
     B, L = x.shape
     log_w = process.log_law(model, process.freed_view(path)).view(B, L, V)
@@ -201,11 +204,12 @@ def neighbours(process, model, path, exact=False, steps=None, M=2):
         pi = model(y.view(-1, L), time).softmax(dim=-1)                           # [BLV, L, V]
         z = torch.multinomial(pi.flatten(0, 1), M, replacement=True)              # [BLV * L, M]
         z = z.view(-1, L, M).transpose(1, 2)                                      # [BLV, M, L]
-        pi_z = model(z.reshape(-1, L), time.repeat_interleave(M)).softmax(dim=-1).view(-1, M, L, V)
-        at = torch.arange(B * L * V, device=x.device), slot.repeat_interleave(V).repeat(B)
-        z_i = z[at[0], :, at[1]]                                # at the changed slot: [BLV, M]
-        given_y = pi[at].gather(1, z_i)                                           # pi(z | y)
-        given_z = pick(pi_z[at[0], :, at[1]], z_i)                                # pi(z | z)
+        rows, slots = torch.arange(len(z), device=x.device), slot.repeat_interleave(V).repeat(B)
+        z_i = z[rows, :, slots]                                 # at the changed slot: [BLV, M]
+        given_y = pi[rows, slots].gather(1, z_i)                                  # pi(z | y)
+        at_z = logits_at(model, z.reshape(-1, L), time.repeat_interleave(M),
+                         slots.repeat_interleave(M)[:, None])                     # [BLVM, 1, V]
+        given_z = pick(at_z.softmax(dim=-1), z_i.reshape(-1, 1)).view(-1, M)      # pi(z | z)
         weight = (-(given_z * given_y).clamp(min=1e-30).log()).softmax(dim=1)     # ~ 1 / product
         p = (weight * given_y).sum(dim=1).view(B, L, V)
     return log_s, p, B * L * (1 + V + M * V)
@@ -217,14 +221,17 @@ def neighbours_loss(process, model, path, advantages, old, clip=0.2, exact=False
 
     E_x[sum_{y != x} p(y) min(r A, clip(r) A) log s(x)_y] with r = (p/p_old)(s_old/s), all but log s
     detached. The identity behind it sums over all sequences y; restricted to those that differ in
-    one slot it is biased, and what tells `path` from it is that a line is conditioned on."""
+    one slot it is biased, and what tells `path` from it is that a line is conditioned on. With
+    p(y) by sampling the ratio is noisy, so that the clip is active at theta_old already."""
     log_s_old, p_old, _ = old
     log_s, p, passes = neighbours(process, model, path, exact, steps)
-    ratio = p / p_old.clamp(min=1e-30) * (log_s_old - log_s).exp()
+    log_ratio = p.clamp(min=1e-30).log() - p_old.clamp(min=1e-30).log() + log_s_old - log_s
+    ratio = log_ratio.clamp(-20, 20).exp()
     A = advantages[:, None, None]
     capped = ratio.clamp(1 - clip, 1 + clip) * A
     coefficient = p * torch.minimum(ratio * A, capped)
     is_other = torch.arange(log_s.size(-1), device=p.device) != path.tokens[..., None]
+    is_other = is_other & ~path.given[..., None]
     loss = (coefficient.detach() * log_s * is_other).sum() / len(path.tokens)
     extra = 2 * path.tokens.numel()                     # the backward pass through log s
     return loss, stats_of(ratio * A > capped, is_other, passes + extra)
@@ -253,10 +260,10 @@ def prdp_loss(process, model, path, rewards, logp_ref, beta, clip=0.5, chunk=Non
 
     rewards [P, G]; logp_ref: log-probabilities under the reference, shaped as path.logp. At the
     optimum of J, d = beta log p(path)/p_ref(path) - R is the same for all paths of a prompt, if the
-    conditionals of the reference agree with one law. The loss is the regression of all pairs of
-    a group on each other, which is that of each d on the group's mean. The proximal clip keeps the
-    log-ratio of every event to the policy that drew it within `clip` nats, and the larger of both
-    errors counts. Divided by 2 beta, so that at theta_old its gradient is minus that of J."""
+    conditionals of the reference agree with one law and an event moves one slot. Regressing each d
+    on its group's mean is, without the clip, the regression of all pairs. The proximal clip keeps
+    the log-ratio of every event to the policy that drew it within `clip` nats, and the larger of
+    both errors counts. Divided by 2 beta: at theta_old its gradient is -(G - 1)/G that of J."""
     def error(log_ratio):
         d = beta * log_ratio.view_as(rewards) - rewards                                 # [P, G]
         return (d - d.mean(dim=1, keepdim=True)).square() / (2 * beta)
@@ -287,24 +294,26 @@ class Exact:
         device = next(reference.parameters()).device
         self.reward = reward(every_sequence(process.vocab_size, length, device)).double()
         p_ref = self.law(reference)
-        self.log_ref = p_ref.clamp(min=1e-38).log()
+        self.log_ref = p_ref.log()                      # -inf for what it never draws
         self.value_ref = (p_ref * self.reward).sum().item()
         if beta:
             tilted = self.log_ref + self.reward / beta
             self.optimum = beta * tilted.logsumexp(dim=0).item()
             self.best_reward = (tilted.softmax(dim=0) * self.reward).sum().item()
         else:
-            self.optimum = self.best_reward = self.reward.max().item()
+            self.optimum = self.best_reward = self.reward[p_ref > 0].max().item()
 
     @torch.no_grad()
     def law(self, model):
-        return self.process.exact_law(model, self.length, self.steps).double()          # [V**L]
+        p = self.process.exact_law(model, self.length, self.steps).double()             # [V**L]
+        return p / p.sum()                              # float32 sums to 1 only nearly
 
     def __call__(self, model):
         p = self.law(model)
         reward = (p * self.reward).sum().item()
-        kl = (torch.xlogy(p, p) - p * self.log_ref).sum().item()
+        kl = (torch.xlogy(p, p) - p * self.log_ref.clamp(min=-100)).sum().item()
         gain = reward - self.beta * kl - self.value_ref
         room = self.optimum - self.value_ref            # 0 where all sequences have one reward
-        return dict(exact_reward=reward, exact_kl=kl, share_of_optimum=gain / room if room else 1.0,
+        share = gain / room if room > 1e-9 * max(1, abs(self.value_ref)) else 1.0
+        return dict(exact_reward=reward, exact_kl=kl, share_of_optimum=share,
                     best_reward=self.best_reward, pretrained_reward=self.value_ref)

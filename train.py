@@ -64,10 +64,11 @@ def main(argv=None):
         print(f"train.py: {error}", file=sys.stderr)
         raise SystemExit(2)
     except KeyboardInterrupt as error:
-        print(f"train.py: {error}", file=sys.stderr)
+        print(f"train.py: {error or 'stopped'}", file=sys.stderr)
         raise SystemExit(130)
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def run(args):
@@ -95,7 +96,8 @@ def run(args):
     if MASTER:
         n_rewards = args.iters * args.prompts * args.group
         print(f"{task.name}: {len(data):,} sequences of {task.length} letters {task.alphabet!r}; "
-              f"asks for {n_rewards:,} rewards; {args.device}; results in {args.out}",
+              f"asks for {n_rewards:,} rewards, besides evaluations; {args.device}; "
+              f"results in {args.out}",
               file=sys.stderr)
     if task.oracle is not None:
         task.oracle.fit(data)                           # a network inside the reward (dna)
@@ -109,7 +111,7 @@ def run(args):
     # fine-tune
     model.eval()                                        # no dropout: the ratio must start at 1
     reference = compiled(args, deepcopy(model).requires_grad_(False))
-    evaluate = sample.make_evaluate(args, task, process, reference, data)
+    evaluate = sample.make_evaluate(args, task, process, reference, data) if MASTER else None
     try:
         finetune(args, task, process, compiled(args, model), reference, data, evaluate, checkpoint)
     finally:                                            # an error loses nothing that was learnt
@@ -117,6 +119,7 @@ def run(args):
     if MASTER:
         if checkpoint["phase"] == "finetune" and checkpoint["iter"] == args.iters:
             print("the run was complete: only its report is made again")
+        signal.signal(signal.SIGINT, signal.default_int_handler)    # the run is complete by now
         seed_everything(args, 2, 0)
         sample.plot_curve(args.out)
         sample.report(args, task, process, reference, model, evaluate, data)
@@ -126,11 +129,13 @@ def run(args):
 def load_pretrained(file, args, task):
     """The model of --init, or of the run to resume; BadInput if it does not fit the run."""
     model, saved = sample.load_model(file)
-    there = [saved["alphabet"], saved["config"]["length"]]
-    there += [saved["flags"][name] for name in ("process", "schedule")]
-    here = [task.alphabet, task.length, args.process, args.schedule]
-    if there != here:
-        raise BadInput(f"{file} holds a model of {there}: this run has {here}")
+    flags = saved.get("flags", {})
+    for name, here, there in (("alphabet", task.alphabet, saved.get("alphabet")),
+                              ("length", task.length, model.config.length),
+                              ("process", args.process, flags.get("process")),
+                              ("schedule", args.schedule, flags.get("schedule"))):
+        if here != there:
+            raise BadInput(f"{file} holds a model of {name} {there!r}: this run has {here!r}")
     return model
 
 
@@ -203,7 +208,7 @@ def finetune(args, task, process, model, reference, data, evaluate, checkpoint):
         scale = sepo.reward_scale(rewards, args.advantage, baseline, beta)
         advantage = sepo.advantages(returns, args.advantage, baseline, scale)
         advantage = advantage.chunk(WORLD_SIZE)[RANK].flatten()                         # [P * G]
-        baseline.update(rewards)
+        baseline.update(returns, rewards)
 
         # 4. take a few optimizer steps on this rollout
         centred = (reward - reward.mean(dim=1, keepdim=True)).float()       # [P, G]
@@ -275,7 +280,7 @@ def policy_losses(args, process, model, rollout):
     else:
         views = process.path_view(path, args.path_events).split(size)
     kl = {}
-    if args.kl == "loss":
+    if args.kl == "loss" and rollout.beta:
         kl = dict(reference=rollout.reference, beta=rollout.beta / rollout.scale)
     for view in views:
         if args.algo == "sepo":
@@ -400,7 +405,10 @@ def log(args, bar, optimizer, **metrics):
 def open_out_dir(args):
     """Start a new folder, or find where to continue -> the checkpoint."""
     if args.resume and (args.out / "last.pt").exists():
-        return sample.load(args.out / "last.pt")
+        checkpoint = sample.load(args.out / "last.pt")
+        if MASTER:                                      # what was logged after that is forgotten
+            os.truncate(args.out / "metrics.jsonl", checkpoint["log_size"])
+        return checkpoint
     if MASTER:
         args.out.mkdir(parents=True, exist_ok=True)
         if not args.resume:
@@ -412,13 +420,11 @@ def open_out_dir(args):
 
 
 def restore(args, checkpoint, phase, state):
-    """Load a phase's state and forget what was logged since it was saved -> first iteration."""
+    """Load what was saved of a phase -> its first iteration that is left."""
     if checkpoint["phase"] != phase or checkpoint["iter"] == 0:
         return 0
     for name, part in state.items():
         part.load_state_dict(checkpoint[name])
-    if MASTER:
-        os.truncate(args.out / "metrics.jsonl", checkpoint["log_size"])
     return checkpoint["iter"]
 
 
@@ -461,6 +467,11 @@ def at_least(low, kind=int):
     return convert
 
 
+def absolute(text):
+    """An argparse type: a path that --resume and sample.py find from any folder."""
+    return os.path.abspath(text) if text else ""
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):                           # one line, without two screens of usage
         for word in re.findall(r"--(\w+)", message.partition("unrecognized")[2]):
@@ -477,7 +488,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 def get_parser():
     count, whole, real = at_least(1), at_least(0), at_least(0, float)
-    epilog = "own defaults:"
+    epilog = "defaults that depend on task, process, method or clip mode:"
     for name, flags in DEFAULTS.items():
         epilog += f"\n  {name}: " + " ".join(f"--{flag}={value}" for flag, value in flags.items())
     parser = Parser(usage="train.py [--flag=value ...]", description=__doc__, epilog=epilog,
@@ -490,21 +501,25 @@ def get_parser():
     add("--overwrite", action="store_true", help="replace the run in --out")
     add("--save_every", type=whole, default=30, help="seconds between two saves of last.pt")
     add = parser.add_argument_group("your own data, reward and model").add_argument
-    add("--data", default="", help="file to pre-train on: FASTA or one sequence per line; for "
-        "--task=text one running text, unless --lines or --pad is given; .gz too")
+    add("--data", type=absolute, default="",
+        help="file to pre-train on: FASTA or one sequence per line; for --task=text one running "
+        "text, unless --lines or --pad is given; .gz too")
     add("--length", type=whole, default=0, help="sequence length (0: the task's)")
     add("--pad", default="", help="letter that fills up short sequences of --data")
     add("--crop", action="store_true", help="cut random windows from long sequences of --data")
     add("--lines", action="store_true", help="the lines of --data are sequences, for text too")
-    add("--reward", default="", help="file.py:function, list[str] -> list[float]; the file's "
-        "measure, list[str] -> {column: number}, adds columns to the report")
-    add("--init", default="", help="a pretrained.pt to start from; it brings the network's size")
+    add("--reward", type=absolute, default="",
+        help="file.py:function, list[str] -> list[float]; the file's measure, "
+        "list[str] -> {column: number}, adds columns to the report")
+    add("--init", type=absolute, default="", help="a pretrained.pt or finetuned.pt to start from: "
+        "no pre-training, and the network has its size")
     add = parser.add_argument_group("system").add_argument
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: cuda if present")
     add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
         help="of matrix products; auto: bfloat16 on cuda")
     add("--compile", action="store_true", help="torch.compile the transformer blocks")
-    add("--micro_batch", type=whole, default=0, help="states per backward pass (0: all at once)")
+    add("--micro_batch", type=whole, default=0, 
+        help="states per backward pass (0: all; loop, prdp: one per sample)")
     add = parser.add_argument_group("noise").add_argument
     add("--process", choices=sample.CHAINS, default="absorb", help="noise: masks or random letters")
     add("--schedule", choices=SCHEDULES, default="linear", help="noise level over time")
@@ -521,7 +536,8 @@ def get_parser():
     add("--data_size", type=count, default=20000, help="sequences to generate, or windows to cut")
     add = parser.add_argument_group("sampling").add_argument
     add("--steps", type=whole, default=0, help="steps of the time grid (0: none; absorb only)")
-    add("--corrector_steps", type=whole, default=0, help="corrector moves per rollout")
+    add("--corrector_steps", type=whole, default=0, 
+        help="moves of the corrector, which pulls samples towards the model's law, per rollout")
     add("--corrector_t", type=real, default=0.5, help="time at which the corrector runs")
     add = parser.add_argument_group("fine-tuning").add_argument
     add("--algo", choices=["sepo", "loop", "prdp", "reinforce"], default="sepo", help="method")
@@ -534,25 +550,27 @@ def get_parser():
     add("--states", choices=["path", "noised", "terminal", "neighbours"],
         default="path", help="where SEPO takes the score; neighbours: its published estimator")
     add("--exact_neighbours", action="store_true",
-        help="their p(y) from the exact law (small spaces), not by importance sampling")
+        help="the neighbours' p(y) from the exact law (small spaces), not by importance sampling")
     add("--path_events", type=whole, default=1, help="events scored per path and update (0: all)")
     add("--advantage", choices=["grpo", "dr_grpo", "loo", "ppo", "running"], default="grpo",
         help="advantage estimator")
     add("--clip", type=real, default=0.1, help="clip of the ratio; prdp: of an event's log-ratio")
     add("--clip_mode", choices=["stop", "cap"], default="stop",
         help="stop: PPO's clip; cap: SEPO's own, a capped and detached coefficient")
-    add("--beta", type=real, default=0.1, help="KL weight: the reward that one nat must bring; try "
-        "a tenth to a half of the spread of your rewards")
+    add("--beta", type=real, default=0.1, help="KL weight: how much reward one nat of KL must "
+        "bring; try a tenth to a half of the spread of your rewards")
     add("--beta_warmup", type=whole, default=0, help="rollouts over which beta grows from 0")
     add("--kl", choices=["return", "loss"], default="return",
         help="the KL in the return of each path, or in closed form in sepo's loss")
     add("--ref_every", type=whole, default=0, help="rollouts between updates of the KL reference")
-    add("--consistency", type=real, default=0.0, help="weight of the bound on own samples")
+    add("--consistency", type=real, default=0.0, 
+        help="weight of the likelihood of own samples, for --states=noised: try 0.3")
     add("--entropy", type=real, default=0.0, help="weight of the entropy bonus")
     add("--grad_clip", type=real, default=1.0, help="largest gradient norm")
     add = parser.add_argument_group("evaluation").add_argument
     add("--eval_every", type=count, default=10, help="rollouts between evaluations")
-    add("--report_samples", type=whole, default=1000, help="samples per model in the final report")
+    add("--report_samples", type=whole, default=1000, 
+        help="samples per model in the final report, at most the held-out ones; 0: no report")
     return parser
 
 
@@ -578,9 +596,6 @@ def parse_args(argv=None):
             parser.error(f"--{name}={getattr(args, name)}: the run in {out} has {value}")
     check_combinations(parser, args)
 
-    for name in ("data", "init"):                       # --resume may come from another folder
-        if getattr(args, name):
-            setattr(args, name, os.path.abspath(getattr(args, name)))
     passing = ("resume", "overwrite", "out")
     args.saved = {name: value for name, value in vars(args).items() if name not in passing}
     args.out = out
@@ -601,6 +616,8 @@ def check_combinations(parser, args):
         (args.conv and args.conv % 2 == 0, "--conv must be odd"),
         (args.group == 1 and args.advantage in ("grpo", "dr_grpo", "loo"),
          "--group=1 leaves nothing to compare a sample with: add --advantage=running"),
+        (args.algo == "prdp" and args.group == 1, "--algo=prdp needs --group above 1"),
+        (args.consistency and args.states != "noised", "--consistency is for --states=noised"),
         (args.algo == "prdp" and not args.beta, "--algo=prdp needs --beta above 0"),
         (args.algo == "prdp" and args.path_events, "--algo=prdp needs --path_events=0: all events"),
         (args.algo != "sepo" and (options or args.states != "path"),

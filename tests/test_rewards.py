@@ -280,7 +280,7 @@ def test_a_pad_joins_the_alphabet_and_the_reward_does_not_see_it(tmp_path):
 
 def test_a_pad_that_occurs_in_the_data_is_refused(tmp_path):
     """Its copies would vanish from the samples: [O-] would become [O]."""
-    with pytest.raises(BadInput, match="--pad=- occurs in .*: .* choose a free letter, such as --pad=_"):
+    with pytest.raises(BadInput, match="--pad=- occurs in .*: .* choose a free letter, such as --pad=\\."):
         open_task("text", 4, write(tmp_path, "[O-]\nCC\n"), "-")
 
 
@@ -368,10 +368,10 @@ def test_text_with_a_pad_is_one_sequence_per_line(tmp_path):
     ("ACGT\nACG\n", {}, "2 has 3 letters, --task=dna 4 slots: fill up with --pad=-, or choose --l"),
     ("ACGT\nACGTA\n", {}, "2 has 5 letters, --task=dna 4 slots: cut windows with --crop$"),
     ("ACGTA\nACGTA\n", {}, "1 has 5 letters, .* cut windows with --crop, or choose --length=5"),
-    ("ACG\nAC\n", dict(crop=True), "no sequence of 4 letters .* choose --length=3 or less"),
+    ("ACG\nAC\n", dict(crop=True), "no sequence of 4 letters .* the longest has 3"),
     ("LOCUS NC_1\nORIGIN\n 1 acgt", {}, "looks like GenBank: FASTA or one sequence per line"),
     ("@read\nACGT\n+\nFFFF\n", {}, "looks like FASTQ"),
-    ("id,sequence\n1,ACGT\n2,ACGT\n", {}, "looks like CSV"),
+    ("id,sequence\n" + "1,ACGT\n" * 5, {}, "looks like CSV"),
     (">x\nACGT\n>y\nAC\nXT\n", {}, "'X' at position 1 of .*data.txt line 5 is not in 'ACGT'"),
     ("ACGT\nACGTA\n", dict(pad="-"), "line 2 has 5 letters"),
     ("ACGT\n\nACGT\n", {}, "data.txt line 2 is empty"),

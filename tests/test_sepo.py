@@ -143,7 +143,7 @@ def update(P, kind, place, reward, beta):
     baseline = None
     if kind in ("ppo", "running"):
         baseline = sepo.Baseline()
-        baseline.update(reward)
+        baseline.update(reward, reward)
     scale = sepo.reward_scale(reward.view(P, -1), kind, baseline, beta)
     A = sepo.advantages(returns.view(P, -1), kind, baseline, scale).flatten()
     closed = dict(reference=reference, beta=beta / scale) if place == "loss" else {}
@@ -469,11 +469,12 @@ def test_degenerate_groups_get_zeros(kind, rewards):
 
 
 def test_the_baseline_is_learnt_across_the_run():
-    """decay 0.5: rollouts of mean 0 then 4 weigh 1 : 2: mean 8/3, spreads 0 and (4/3)^2."""
+    """decay 0.5: returns of mean 0 then 4 weigh 1 : 2, so the mean is 8/3; rewards of variance 1
+    then 4, so the variance is 3."""
     baseline = sepo.Baseline(decay=0.5)
-    baseline.update(torch.zeros(1, 4))
-    baseline.update(torch.full((1, 4), 4.0))
-    deviation = (2 / 3 * (4 / 3) ** 2) ** 0.5
+    baseline.update(torch.zeros(1, 4), torch.tensor([[1.0, -1.0, 1.0, -1.0]]))
+    baseline.update(torch.full((1, 4), 4.0), torch.tensor([[2.0, -2.0, 2.0, -2.0]]))
+    deviation = 3 ** 0.5
     assert torch.allclose(sepo.advantages(R, "running", baseline), R - 8 / 3, atol=1e-5)
     assert torch.allclose(sepo.advantages(R, "ppo", baseline), (R - 8 / 3) / deviation, atol=1e-5)
 
@@ -489,6 +490,17 @@ def test_share_of_optimum_is_zero_for_the_reference_and_one_at_the_optimum(beta)
     best = exact(posterior_table(tilted, 3, 3))
     assert best["share_of_optimum"] == pytest.approx(1, abs=1e-3)
     assert best["exact_reward"] == pytest.approx(best["best_reward"], abs=1e-3)
+
+
+def test_what_the_reference_never_draws_is_no_part_of_the_optimum():
+    """Letter 1 is the only one that earns, and the reference never draws it."""
+    reference, reward = network(3, 3), lambda x: (x == 1).float().mean(dim=1)
+    with torch.no_grad():
+        reference.head.bias += torch.tensor([0.0, -300.0, 0.0])
+    for beta in (0.1, 0.005, 0):
+        exact = sepo.Exact(Absorbing(3), reference, reward, 3, beta)
+        assert exact.optimum == pytest.approx(0) and exact.best_reward == pytest.approx(0)
+        assert exact(reference)["share_of_optimum"] == 1.0
 
 
 def test_a_reference_that_never_draws_some_sequences_gives_no_nan():

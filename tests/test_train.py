@@ -204,7 +204,7 @@ def test_own_data_and_reward_and_a_start_from_a_saved_model(tmp_path, monkeypatc
     assert all(float(r) == pytest.approx(s.count("G") / 7, abs=1e-4) for r, s in drawn)
     torch.save(torch.zeros(3), "bare.pt")
     for args, message in (
-            (["--task=dna", "--init=a/pretrained.pt", "--length=8"], "holds a model of .*, 7"),
+            (["--task=dna", "--init=a/pretrained.pt", "--length=8"], "holds a model of length 7: this run has 8"),
             (["--task=text", "--init=a/pretrained.pt"], "holds a model of"),
             ([*data, "--init=a/pretrained.pt", "--process=uniform"], "holds a model of"),
             ([*data, "--init=a/pretrained.pt", "--schedule=cosine"], "holds a model of"),
@@ -573,7 +573,8 @@ def test_a_uniform_run_is_sampled_and_filmed(tmp_path, capsys):
     (["--n=0"], "must be positive"), (["--which=best"], "invalid choice: 'best'"),
     (["--movie=a.png"], "a name that ends in .gif is needed"),
     (["--prompt=TC"], "--prompt=TC has 2 letters, the task 6 slots: write _ for a free slot"),
-    (["--prompt=TCX___"], "'X' at position 3")])
+    (["--prompt=TCX___"], "'X' at position 3"), (["--steps=-3"], "must not be negative"),
+    (["--compare", "--format=fasta"], "--compare prints a table")])
 def test_bad_input_of_sample_gets_a_line(args, message, toy, capsys):
     fails(sample.main, [f"--run={toy[0]}", *args], message, capsys)
 
