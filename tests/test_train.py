@@ -260,11 +260,16 @@ def test_another_run_in_the_folder_is_refused(toy, capsys):
     assert (toy[0] / "metrics.jsonl").read_text() == before
 
 
-def test_a_finished_run_says_so_and_learning_rate_is_lr(toy, tmp_path, capsys):
+def test_a_finished_run_says_so_and_forgets_what_was_logged_after_the_save(toy, tmp_path, capsys):
     out = tmp_path / "run"
     shutil.copytree(toy[0], out)
+    with open(out / "metrics.jsonl", "a") as file:
+        file.write('{"phase": "finetune", "iter": 5}\n{"phase": "fine')
     train.main(["--task=toy", f"--out={out}", "--resume"])
-    assert "the run was complete" in capsys.readouterr().out
+    assert "the run was complete" in capsys.readouterr().out and lines(out) == lines(toy[0])
+
+
+def test_learning_rate_is_lr(tmp_path):
     assert train.parse_args([f"--out={tmp_path / 'x'}", "--learning_rate=0.5"]).lr == 0.5
 
 
