@@ -115,7 +115,8 @@ def run(args):
     try:
         finetune(args, task, process, compiled(args, model), reference, data, evaluate, checkpoint)
     finally:                                            # an error loses nothing that was learnt
-        save(args.out / "finetuned.pt", model=model, **meta)
+        if args.restored:
+            save(args.out / "finetuned.pt", model=model, **meta)
     if MASTER:
         if checkpoint["phase"] == "finetune" and checkpoint["iter"] == args.iters:
             print("the run was complete: only its report is made again")
@@ -346,6 +347,7 @@ def setup(args):
     if WORLD_SIZE > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
     args.stop = False
+    args.restored = False                               # else the model is not what was learnt
 
     def on_signal(*_):                                  # finish the iteration, save, stop
         if args.stop and WORLD_SIZE == 1:
@@ -421,11 +423,16 @@ def open_out_dir(args):
 
 def restore(args, checkpoint, phase, state):
     """Load what was saved of a phase -> its first iteration that is left."""
-    if checkpoint["phase"] != phase or checkpoint["iter"] == 0:
-        return 0
-    for name, part in state.items():
-        part.load_state_dict(checkpoint[name])
-    return checkpoint["iter"]
+    first = 0
+    if checkpoint["phase"] == phase:
+        first = checkpoint["iter"]
+    try:
+        for name, part in state.items() if first else ():
+            part.load_state_dict(checkpoint[name])
+    except (KeyError, TypeError, RuntimeError, ValueError) as error:
+        raise BadInput(f"{args.out / 'last.pt'} belongs to a run of another shape") from error
+    args.restored = True
+    return first
 
 
 def end_iteration(args, phase, i, total, state):

@@ -446,6 +446,12 @@ def test_a_damaged_checkpoint_and_one_with_code_are_refused(toy, tmp_path, capsy
     (out / "last.pt").write_bytes((out / "last.pt").read_bytes()[:200])
     fails(train.main, [f"--out={out}", "--resume"], "last.pt is damaged", capsys)
 
+    shutil.copytree(toy[0], tmp_path / "other")
+    torch.save(dict(phase="finetune", iter=2, log_size=0, model={}), tmp_path / "other" / "last.pt")
+    fails(train.main, [f"--out={tmp_path / 'other'}", "--resume"], "a run of another shape", capsys)
+    kept, before = weights(tmp_path / "other"), weights(toy[0])
+    assert all(torch.equal(kept[name], before[name]) for name in before)
+
     class Evil:
         def __reduce__(self):
             return os.system, (f"touch {tmp_path / 'owned'}",)
