@@ -69,6 +69,8 @@ def main(argv=None):
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if dist.is_initialized():                       # its threads must not outlive the program
+            dist.destroy_process_group()
 
 
 def run(args):

@@ -35,6 +35,8 @@ def main(file):
     mean = train.average(dict(reward=rewards.mean()))["reward"]
     if train.MASTER:
         torch.save(dict(reward=mean, rewards=everyone, model=model.state_dict()), file)
+    if train.WORLD_SIZE > 1:
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
