@@ -19,7 +19,6 @@ from pathlib import Path
 from pydoc_data import topics
 from typing import Callable
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -32,6 +31,10 @@ class BadInput(ValueError):
     """What the user gave cannot be used. One line: what is wrong, where, and what to do."""
 
 
+def no_columns(data):
+    return lambda tokens, rewards: {}
+
+
 @dataclass
 class Task:
     name: str
@@ -41,9 +44,9 @@ class Task:
     reward: Callable                    # tokens [B, L] -> [B]: a black box, no gradient
     given: Callable | None = None       # clean tokens [n, L] -> bool [n, L]: slots of the prompt
     held: Callable | None = None        # like data, of sequences that data never gives
-    measure: Callable | None = None     # data -> (tokens [B, L], rewards [B]) -> {column: number}
+    measure: Callable = no_columns      # data -> (tokens [B, L], rewards [B]) -> {column: number}
     oracle: nn.Module | None = None     # a network in the reward; a run calls oracle.fit(data)
-    make: Callable | None = None        # (length, text or None) -> this task in another size
+    make: Callable | None = None        # (length, text of the data) -> this task in another size
     is_text: bool = False               # a file of data is one running text, not lines
     pad: str = ""                       # the letter that fills up short sequences
 
@@ -82,17 +85,14 @@ class Task:
         letters = self.alphabet + self.blank
         for string in strings:
             self.check(string, repr(string), letters)
-        token = str.maketrans({letter: chr(v) for v, letter in enumerate(letters)})
-        codes = [string.translate(token).encode("utf-32-le") for string in strings]
-        return torch.from_numpy(np.stack([np.frombuffer(c, np.int32) for c in codes])).long()
+        token = {letter: v for v, letter in enumerate(letters)}
+        return torch.tensor([[token[c] for c in string] for string in strings])
 
-    def check(self, string, where, letters=None):
+    def check(self, string, where, letters=None, hint=""):
         """Raises BadInput if the string has a letter that is not among `letters`."""
         for c in set(string).difference(letters or self.alphabet):
             place = string.index(c) + 1
-            hint = "; windows (--crop) avoid it" if AMBIGUOUS.fullmatch(c) else ""
-            raise BadInput(f"{c!r} at position {place} of {where} is not in {self.alphabet!r}"
-                           f"{hint}")
+            raise BadInput(f"{c!r} at position {place} of {where} is not in {self.alphabet!r}{hint}")
 
 # -----------------------------------------------------------------------------
 # asking a reward
@@ -101,27 +101,19 @@ def ask(task, tokens):
     """The task's reward of tokens [B, L] -> float64 [B] on their device; raises BadInput."""
     try:
         values = task.reward(tokens)
-        if hasattr(values, "__iter__") and not isinstance(values, torch.Tensor):
+        if isinstance(values, torch.Tensor):
+            values = values.tolist()
+        elif hasattr(values, "__iter__"):
             values = list(values)
-    except BadInput:
-        raise
     except Exception as error:
         raise BadInput(f"the reward raised {in_user_code(error)}, asked for {len(tokens)} samples "
                        f"from {task.samples(tokens[:1])[0]!r} on") from error
-    if not isinstance(values, (list, torch.Tensor)):
+    if not isinstance(values, list):
         raise BadInput(f"the reward returned {values!r}: it must return one number per sample")
-    if isinstance(values, list):
-        if len(values) != len(tokens):
-            raise BadInput(f"the reward returned {len(values)} values for {len(tokens)} samples")
-        values = [number(task, tokens, i, value) for i, value in enumerate(values)]
-        values = torch.tensor(values, dtype=torch.double)
-    if values.shape != tokens.shape[:1]:
-        raise BadInput(f"the reward returned shape {list(values.shape)}: it must be "
-                       f"[{len(tokens)}], one number per sample")
-    values = values.detach().to(tokens.device, torch.double)
-    for i in (~values.isfinite()).nonzero().flatten().tolist():
-        number(task, tokens, i, values[i].item())
-    return values
+    if len(values) != len(tokens):
+        raise BadInput(f"the reward returned {len(values)} values for {len(tokens)} samples")
+    values = [number(task, tokens, i, value) for i, value in enumerate(values)]
+    return torch.tensor(values, dtype=torch.double, device=tokens.device)
 
 
 def number(task, tokens, i, value):
@@ -139,11 +131,10 @@ def number(task, tokens, i, value):
 def in_user_code(error):
     """An exception in one line, with the innermost line of code that is not a library's."""
     frames = traceback.extract_tb(error.__traceback__)
-    frames = [f for f in frames if "/lib/" not in f.filename and f.filename[0] != "<"]
+    own = [f for f in frames if "/lib/" not in f.filename and f.filename[0] != "<"]
+    place = (own or frames)[-1]
     text = " ".join(str(error).split())[:300]
-    frame = frames[-1] if frames else None
-    place = f" in {Path(frame.filename).name} line {frame.lineno}" if frame else ""
-    return f"{type(error).__name__}: {text}{place}"
+    return f"{type(error).__name__}: {text} in {Path(place.filename).name} line {place.lineno}"
 
 # -----------------------------------------------------------------------------
 # held-out data
@@ -208,27 +199,24 @@ def open_task(name, length=0, data="", pad="", crop=False, lines=False, reward="
     length 0: the task's own. data: a file to pre-train on. reward: file.py:function."""
     if name not in TASKS:
         raise BadInput(f"task {name!r} is not in rewards.TASKS")
-    task = TASKS[name]
+    task = replace(TASKS[name])                         # a copy, which may be changed
     if (pad or crop or lines) and not data:
         raise BadInput("--pad, --crop and --lines are for sequences from a file: give --data too")
     if len(pad) > 1 or not pad.isprintable():
         raise BadInput(f"--pad={pad}: one letter is needed")
     if length and length != task.length and task.make is None:
         raise BadInput(f"--length={length}: --task={name} has {task.length} slots")
-    length = length or task.length
     as_text = task.is_text and not (pad or lines)
     records = read_records(data, as_text) if data else []
     if task.make:
-        text = "\n".join(map(letters_of, records)) if data and task.is_text else None
-        task = task.make(length, text)
-    task = replace(task) if task.make is None else task     # a copy, which may be changed
+        text = "\n".join(letters for _, letters in records) if task.is_text else ""
+        task = task.make(length or task.length, text)
     if data:
-        use_data(task, records, data, pad, crop or as_text and len(records) == 1)
+        use_data(task, records, data, pad, crop or as_text)
     if reward:
         score, measure = load_reward(reward)
-        task.oracle = None
         task.reward = lambda tokens: score(task.samples(tokens))
-        task.measure = None
+        task.oracle, task.measure = None, no_columns
         if measure:
             task.measure = lambda data: lambda tokens, rewards: columns_of(task, measure, tokens)
     return task
@@ -242,80 +230,68 @@ def columns_of(task, measure, tokens):
         raise BadInput(f"measure must return a number per column: {in_user_code(error)}") from error
 
 
-def letters_of(record):
-    """A record is a sequence as it stands in the file: a list of (line number, letters)."""
-    return "".join(letters for _, letters in record)
+def read_records(file, as_text=False):
+    """A file of FASTA, of one sequence per line, or of one running text; perhaps gzipped
+    -> [(line number, letters)]."""
+    opened = gzip.open if file.endswith(".gz") else open
+    try:
+        with opened(file, "rt", encoding="utf-8-sig") as f:
+            lines = [line.strip() for line in f.read().rstrip().splitlines()]
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise BadInput(f"--data={file} cannot be read as text: {error}") from None
+    if not lines:
+        raise BadInput(f"--data={file} is empty")
+    if lines[0].startswith(">"):
+        heads = [i for i, line in enumerate(lines) if line.startswith(">")]
+        ends = heads[1:] + [len(lines)]
+        return [(head + 1, "".join(lines[head + 1:end])) for head, end in zip(heads, ends)]
+    if not as_text:
+        return list(enumerate(lines, 1))
+    if len(lines) >= 20 and not any(" " in line for line in lines):
+        raise BadInput(f"--data={file} looks like a list of sequences, not a running text: add "
+                       "--lines, and --pad=- if their lengths differ")
+    return [(1, " ".join(" ".join(lines).split()))]
 
 
 def use_data(task, records, file, pad, crop):
     """Let the task draw its data from the records of a file."""
     if task.alphabet.isupper():                         # a genome's lower case marks repeats
-        records = [[(i, letters.upper()) for i, letters in record] for record in records]
+        records = [(line, letters.upper()) for line, letters in records]
     if pad:
-        everything = set("".join(map(letters_of, records)))
-        if pad in everything:
-            free = next((c for c in "-.~#*=@+" if c not in everything), "$")
-            raise BadInput(f"--pad={pad} occurs in {file}: its copies would be lost; choose a free "
-                           f"letter, such as --pad={free}")
-        if pad in task.alphabet:
-            raise BadInput(f"--pad={pad} is a letter of --task={task.name}: choose another")
+        if pad in task.alphabet or any(pad in letters for _, letters in records):
+            raise BadInput(f"--pad={pad} is a letter of {file} or of the task: choose another")
         task.alphabet, task.pad = task.alphabet + pad, pad
-    if crop and task.alphabet.startswith("ACGT"):
-        records = without_ambiguous_letters(records)
-    if crop and not pad:
-        records = long_enough(records, task.length, file)
-    check_records(task, records, file, crop)
-    x = [task.encode([letters_of(record).ljust(task.length, pad or " ")]) for record in records]
-    x = [row[0].to(torch.uint8 if task.vocab_size < 256 else torch.int32) for row in x]
+    if crop:
+        records = uncut(task, records, file)
+    for line, letters in records:
+        n, where = len(letters), f"the sequence at {file} line {line}"
+        task.check(letters, where, hint=": --data is FASTA or one sequence per line, and --crop "
+                   "avoids N and other ambiguous letters")
+        if n == 0 or n < task.length and not pad:
+            raise BadInput(f"{where} has {n} letters, fewer than the {task.length} slots: fill up "
+                           "with --pad=-, choose a smaller --length, or skip it with --crop")
+        if n > task.length and not crop:
+            raise BadInput(f"{where} has {n} letters, more than the {task.length} slots: cut "
+                           f"windows with --crop, or choose --length={n}")
+    x = [task.encode([letters.ljust(task.length, pad or " ")])[0] for _, letters in records]
+    x = [row.to(torch.int16) for row in x]              # a genome is long
     if crop:
         task.data, task.held = windows(x, task.length)
     else:
         task.data, task.held = whole_sequences(task, torch.stack(x).long())
 
 
-def without_ambiguous_letters(records):
-    """A genome's N and other IUPAC letters: windows avoid them."""
-    pieces, skipped = [], 0
-    for record in records:
-        letters = letters_of(record)
-        clean = AMBIGUOUS.split(letters)
-        skipped += len(letters) - sum(map(len, clean))
-        pieces += [record] if len(clean) == 1 else [[(record[0][0], s)] for s in clean if s]
-    if skipped:
-        print(f"windows avoid {skipped:,} ambiguous letters (N, R, Y, ...)", file=sys.stderr)
-    return pieces
-
-
-def long_enough(records, length, file):
-    """The records that windows can be cut from; says how many are not."""
-    sizes = [len(letters_of(record)) for record in records]
-    longest = max(sizes, default=0)
-    if longest < length:
-        raise BadInput(f"--data={file} has no sequence of {length} letters to cut windows from: "
-                       f"the longest has {longest}")
-    kept = [record for record, size in zip(records, sizes) if size >= length]
+def uncut(task, records, file):
+    """The pieces of the records from which windows can be cut, free of ambiguous nucleotides."""
+    if task.alphabet.startswith("ACGT"):
+        records = [(line, piece) for line, letters in records for piece in AMBIGUOUS.split(letters)]
+    kept = [(line, piece) for line, piece in records if task.pad or len(piece) >= task.length]
+    if not kept:
+        raise BadInput(f"--data={file} has no sequence of {task.length} letters for windows")
     if len(kept) < len(records):
-        print(f"{len(records) - len(kept):,} sequences shorter than {length} letters are skipped",
+        print(f"{len(records) - len(kept):,} pieces shorter than {task.length} letters are skipped",
               file=sys.stderr)
     return kept
-
-
-def check_records(task, records, file, crop):
-    """Raises BadInput for a letter that is not of the alphabet, and for a wrong length."""
-    lengths = [len(letters_of(record)) for record in records]
-    for record in records:
-        for i, letters in record:
-            task.check(letters, f"{file} line {i}")
-        n, place = len(letters_of(record)), f"{file} line {record[0][0]}"
-        wrong = f"{place} has {n:,} letters, --task={task.name} {task.length} slots"
-        same = f", or choose --length={n}" if len(set(lengths)) == 1 and n <= 1000 else ""
-        if n == 0:
-            raise BadInput(f"{place} is empty")
-        if n < task.length and not task.pad:
-            raise BadInput(f"{wrong}: fill up with --pad=-, or choose --length={min(lengths)} "
-                           "and --crop")
-        if n > task.length and not crop:
-            raise BadInput(f"{wrong}: cut windows with --crop{same}")
 
 
 def whole_sequences(task, x):
@@ -326,55 +302,12 @@ def whole_sequences(task, x):
     return lambda n, generator=None: x[~held], lambda n, generator=None: x[held][:n]
 
 
-def read_records(file, as_text=False):
-    """A file of FASTA, of one sequence per line, or of one text; perhaps gzipped -> records."""
-    opened = gzip.open if file.endswith(".gz") else open
-    try:
-        with opened(file, "rt", encoding="utf-8-sig") as f:
-            lines = f.read().rstrip().splitlines()
-    except UnicodeDecodeError:
-        raise BadInput(f"--data={file} is not text") from None
-    except (OSError, EOFError, zlib.error) as error:
-        raise BadInput(f"--data={file}: {getattr(error, 'strerror', None) or error}") from None
-    if not lines:
-        raise BadInput(f"--data={file} is empty")
-    refuse_other_formats(file, lines, as_text)
-    numbered = [(i, line.strip()) for i, line in enumerate(lines, 1)]
-    if lines[0].startswith(">"):
-        heads = [i for i, line in enumerate(lines) if line.startswith(">")]
-        ends = heads[1:] + [len(lines)]
-        return [numbered[i + 1:end] or [(i + 1, "")] for i, end in zip(heads, ends)]
-    if as_text:
-        return [[(1, " ".join(" ".join(lines).split()))]]
-    return [[line] for line in numbered]
-
-
-def refuse_other_formats(file, lines, as_text):
-    """BadInput for what would be misread: annotated formats, tables, lists given as a text."""
-    first = lines[0]
-    is_fastq = first.startswith("@") and len(lines) > 2 and lines[2].startswith("+")
-    is_genbank, is_table = first.startswith("LOCUS"), False
-    for separator in ",;\t":
-        counts = {line.count(separator) for line in lines[:20]}
-        is_table |= len(lines) >= 5 and len(counts) == 1 and counts != {0}
-    for name, is_it in (("GenBank", is_genbank), ("FASTQ", is_fastq), ("CSV", is_table)):
-        if is_it:
-            raise BadInput(f"--data={file} looks like {name}: FASTA or one sequence per line is "
-                           "needed")
-    single = sum(len(line.split()) == 1 for line in lines)
-    if as_text and len(lines) >= 20 and single > 0.9 * len(lines):
-        raise BadInput(f"--data={file} looks like a list of sequences, not a running text: add "
-                       "--lines, and --pad=- if their lengths differ")
-
-
 def load_reward(name):
     """--reward=file.py:function -> the function, list[str] -> list[float], and the file's
     `measure`, list[str] -> {column: number}, or None. Raises BadInput."""
     file, _, function = name.rpartition(":")
-    if not file.endswith(".py") or not function:
-        raise BadInput(f"--reward={name}: file.py:function is needed")
-    if not Path(file).is_file():
-        raise BadInput(f"--reward={name}: {file} does not exist")
+    if not file.endswith(".py") or not Path(file).is_file():
+        raise BadInput(f"--reward={name}: file.py:function is needed, and a file that exists")
     sys.path.insert(0, str(Path(file).resolve().parent))        # it may import its neighbours
     spec = importlib.util.spec_from_file_location("own_reward", file)
     module = sys.modules["own_reward"] = importlib.util.module_from_spec(spec)
@@ -429,9 +362,9 @@ FACTORS = {                 # transcription factor: consensus in IUPAC letters, 
     "SP1": ("GGGGCGGGG", 0.8),
     "GATA1": ("WGATAR", 0.0),           # a repressor, by our decree
 }
-MUTATION = 0.05             # probability that a letter of a site is redrawn
+LONGEST_SITE = max(len(consensus) for consensus, _ in FACTORS.values())
 GC_RANGE = (0.2, 0.8)       # the share of G and C in the background
-MEASUREMENTS = 300          # sequences whose activity was measured ...
+MEASUREMENTS = 200          # sequences whose activity was measured ...
 NOISE = 1.0                 # ... and the standard deviation of a measurement
 IUPAC = dict(A="A", C="C", G="G", T="T", R="AG", Y="CT", S="CG", W="AT", K="GT", M="AC", N="ACGT")
 OTHER_STRAND = str.maketrans("ACGT", "TGCA")
@@ -465,30 +398,22 @@ def activity(tokens):
 
 
 def dna_sequence(length, rng):
-    """A random background with its own share of GC, and sites in it -> (sequence, planted).
+    """A promoter, aligned to its start: a random background with its own share of GC, and in
+    every 16 letters a place for a site of any factor, on either strand.
 
-    About one place per 15 letters may hold a site, the likelier the more GC there is: GC goes
-    along with activity without causing it. A site is of any factor, on either strand, a little
-    mutated. Places are one or more turns of the helix (10.5 letters) apart, so sites do not
-    overlap; what would overhang the end is left out. planted: [(factor, start)]."""
+    The more GC there is, the likelier a site: GC goes along with activity without causing it."""
     low, high = GC_RANGE
     gc = rng.uniform(low, high)
     site_rate = (gc - low) / (high - low)
-    sequence = "".join(rng.choices("ACGT", [1 - gc, gc, gc, 1 - gc], k=length))
-    start, planted = rng.randrange(8), []
-    for _ in range(max(1, length // 15)):
-        name = rng.choice(list(FACTORS))
-        letters = [rng.choice(IUPAC[c]) for c in FACTORS[name][0]]
-        site = "".join(rng.choice("ACGT") if rng.random() < MUTATION else c for c in letters)
+    letters = rng.choices("ACGT", [1 - gc, gc, gc, 1 - gc], k=length)
+    for start in range(2, length - LONGEST_SITE + 1, 16):
+        consensus, _ = rng.choice(list(FACTORS.values()))
+        site = "".join(rng.choice(IUPAC[c]) for c in consensus)
         if rng.random() < 0.5:
             site = site[::-1].translate(OTHER_STRAND)
-        end = start + len(site)
-        if rng.random() < site_rate and end <= length:
-            sequence = sequence[:start] + site + sequence[end:]
-            planted.append((name, start))
-        turns = rng.choice([1, 2]) + (len(site) > 10)
-        start += round(10.5 * turns)
-    return sequence, planted
+        if rng.random() < site_rate:
+            letters[start:start + len(site)] = site
+    return "".join(letters)
 
 
 class Oracle(nn.Module):
@@ -507,29 +432,20 @@ class Oracle(nn.Module):
         x = (tokens[:, None] == letters[:, None]).float()           # [B, 4, L]; a pad is all 0
         return self.net(x).squeeze(1)
 
-    def fit(self, data, epochs=40, batch=64, lr=3e-3):
-        """Least squares on noisy measurements of the first sequences of data [n, L], read from
-        either strand. It sets its own seed, so it always ends the same."""
+    def fit(self, data, steps=30):
+        """Least squares on noisy measurements of the first sequences of data [n, L], stopped early
+        since they are few. It starts from its own seed, so it always ends the same."""
         torch.manual_seed(0)
-        for module in self.net:
-            if hasattr(module, "reset_parameters"):
-                module.reset_parameters()
+        self.__init__()
         x = data[:MEASUREMENTS]
-        y = activity(x)
-        y = y + NOISE * torch.randn(len(y)).to(y.device)
-        optimizer = torch.optim.AdamW(self.to(x.device).parameters(), lr, weight_decay=0.1)
-        steps = epochs * -(-len(x) // batch)
-        decay = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps)
+        y = activity(x) + NOISE * torch.randn(len(x)).to(x.device)
+        optimizer = torch.optim.AdamW(self.to(x.device).parameters(), 3e-3, weight_decay=0.1)
         self.train()
-        for _ in range(epochs):
-            for rows in torch.randperm(len(x)).to(x.device).split(batch):
-                flip = torch.rand(len(rows), 1, device=x.device) < 0.5
-                strand = torch.where(flip, 3 - x[rows].flip(1), x[rows])
-                loss = F.mse_loss(self(strand), y[rows])
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                decay.step()
+        for _ in range(steps):
+            loss = F.mse_loss(self(x), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
         self.eval()
 
 
@@ -553,7 +469,7 @@ def dna_measure(data):
     return measure
 
 
-def make_dna(length=50, text=None):
+def make_dna(length=50, text=""):
     """Regulatory DNA. What it teaches: a learned reward goes on rising where the truth does not,
     and the KL to the data is what keeps samples where the reward can be believed."""
     if length < 3:
@@ -562,7 +478,7 @@ def make_dna(length=50, text=None):
 
     def draw(n, generator=None):
         rng = random.Random(torch.randint(2 ** 62, (1,), generator=generator).item())
-        return task.encode([dna_sequence(length, rng)[0] for _ in range(n)])
+        return task.encode([dna_sequence(length, rng) for _ in range(n)])
 
     @torch.no_grad()
     def reward(tokens):
@@ -633,13 +549,13 @@ def corpus():
     return re.sub(r"[^a-z.,']+", " ", prose.lower())
 
 
-def make_text(length=48, text=None):
+def make_text(length=48, text=""):
     """Windows of a text; the reward is the share of slots in phrases of that text: in words that
     stand next to a word which they also stand next to there, each such pair counted once.
 
     What it teaches: a reward says what it says. Known words in a senseless order, one phrase over
     and over, or one word and blanks earn little; quoting the text earns 1."""
-    whole = corpus() if text is None else text
+    whole = text or corpus()
     words = WORD.findall(whole.lower())
     pairs = set(zip(words, words[1:]))
 
@@ -655,7 +571,7 @@ def make_text(length=48, text=None):
     alphabet = "".join(sorted(set(whole) - {"\n"}))
     task = Task("text", alphabet, length, None, None, make=make_text, is_text=True)
     task.reward = lambda tokens: [score(s) for s in task.samples(tokens)]
-    if text is None:
+    if not text:
         task.data, task.held = windows([task.encode([whole])[0]], length)
     return task
 

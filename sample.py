@@ -24,36 +24,58 @@ from model import Config, Denoiser
 from rewards import BadInput, Task, ask, open_task
 
 CHAINS = {"absorb": Absorbing, "uniform": Uniform}
+FORMATS = {                             # of sample i and its reward, which may be nan
+    "text": lambda i, sample, reward: f"{reward:8.4f}  {sample}",
+    "fasta": lambda i, sample, reward: f">sample_{i + 1} reward={reward:.4g}\n{sample}",
+    "jsonl": lambda i, sample, reward: json.dumps(dict(
+        sample=sample, reward=None if math.isnan(reward) else reward)),
+}
 
 # -----------------------------------------------------------------------------
 # the command line
 
+def at_least(low, kind=int):
+    """An argparse type: a finite number that is not below `low`."""
+    def convert(text):
+        value = kind(text)
+        if not low <= value < math.inf:
+            raise ValueError
+        return value
+    convert.__name__ = f"{kind.__name__} >= {low}"      # argparse says: invalid int >= 1 value: '0'
+    return convert
+
+
+def inside(text):
+    """An argparse type: a number between 0 and 1, without the ends."""
+    value = float(text)
+    if not 0 < value < 1:
+        raise ValueError
+    return value
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
+    count, whole = at_least(1), at_least(0)
     add = parser.add_argument
     add("--run", type=Path, default=Path("out/toy"), help="folder of a run of train.py")
     add("--which", choices=["pretrained", "finetuned"], default="finetuned", help="which model")
     add("--compare", action="store_true", help="both models, side by side")
-    add("--n", type=int, default=10, help="number of samples")
-    add("--steps", type=int, help="steps of the time grid, in place of the run's (0: none)")
+    add("--n", type=count, default=10, help="number of samples")
+    add("--steps", type=whole, help="steps of the time grid, in place of the run's (0: none)")
     add("--prompt", default="", help="given letters, with _ for free slots: TC____")
-    add("--temperature", type=float, default=1.0, help="divides the logits")
-    add("--corrector_steps", type=int, default=0, help="corrector moves")
-    add("--corrector_t", type=float, default=0.5, help="time at which the corrector runs")
-    add("--seed", type=int, default=0, help="seed of every random draw")
-    add("--format", choices=["text", "fasta", "jsonl"], default="text", help="of the samples")
-    add("--movie", default="", help="file.gif: the reverse process of a few samples")
-    add("--plot", default="", help="file.png: rewards of 1,000 samples of both models")
+    add("--temperature", type=at_least(0.001, float), default=1.0, help="divides the logits")
+    add("--corrector_steps", type=whole, default=0, help="corrector moves")
+    add("--corrector_t", type=inside, default=0.5, help="time at which the corrector runs")
+    add("--seed", type=whole, default=0, help="seed of every random draw")
+    add("--format", choices=FORMATS, default="text", help="of the samples")
+    add("--movie", type=Path, help="file.gif: the reverse process of a few samples")
+    add("--plot", type=Path, help="file.png: histogram of the rewards")
     args = parser.parse_args(argv)
-    if args.n < 1 or not args.temperature > 0 or not 0 < args.corrector_t < 1:
-        parser.error("--n and --temperature must be positive, --corrector_t between 0 and 1")
-    if args.corrector_steps < 0 or (args.steps or 0) < 0:
-        parser.error("--steps and --corrector_steps must not be negative")
     if args.compare and args.format != "text":
         parser.error(f"--compare prints a table: --format={args.format} is for one model")
     for file, ending in ((args.movie, ".gif"), (args.plot, ".png")):
-        if file and not file.endswith(ending):
+        if file and file.suffix != ending:
             parser.error(f"{file}: a name that ends in {ending} is needed")
     try:
         run(args)
@@ -65,49 +87,39 @@ def main(argv=None):
 
 
 def run(args):
-    names = ["pretrained", "finetuned"] if args.compare or args.plot else [args.which]
-    n = max(args.n, 1000) if args.plot else args.n
-    samples, rewards = {}, {}
+    names = ["pretrained", "finetuned"] if args.compare else [args.which]
+    drawn = {}
     for name in names:
-        file = args.run / f"{name}.pt"
-        task, process, model, steps, prompts = load_run(file)
-        prompts = read_prompts(task, args.prompt, prompts, n)
-        torch.manual_seed(args.seed)
-        corrector = (args.corrector_steps, args.corrector_t) if args.corrector_steps else None
-        steps = steps if args.steps is None else args.steps
-        policy = lambda x, t: model(x, t) / args.temperature
-        path = process.sample(policy, n, task.length, steps or None, prompts, corrector=corrector)
-        samples[name], rewards[name] = task.samples(path.tokens), [math.nan] * n
-        if task.reward is not None:
-            rewards[name] = ask(task, path.tokens).tolist()
-        distinct = len(path.tokens.unique(dim=0))
-        print(f"{file}: {n} samples, {distinct} distinct, mean reward {sum(rewards[name]) / n:.3f}",
-              file=sys.stderr)
+        task, path, rewards = draw(args, args.run / f"{name}.pt")
+        drawn[name] = task.samples(path.tokens), rewards
         if args.movie and name == args.which:
             movie(task, path, args.movie)
-    if args.plot and task.reward is None:
-        raise BadInput("--plot needs scores")
     if args.plot:
-        histograms(rewards, args.plot)
-    write(args, task, samples, rewards)
-
-
-def write(args, task, samples, rewards):
-    """The first samples and their rewards, to standard output."""
-    names, width = list(samples) if args.compare else [args.which], max(10, task.length)
+        histograms(drawn, args.plot)
     if args.compare:
-        print("    ".join(f"{'reward':>8}  {name:{width}}" for name in names).rstrip())
+        print("    ".join(f"{'reward':>8}  {name:{task.length}}" for name in names).rstrip())
+    show = FORMATS[args.format]
     for i in range(args.n):
-        sample, reward = samples[args.which][i], rewards[args.which][i]
-        if args.format == "fasta":
-            print(f">sample_{i + 1} reward={reward:.4g}\n{sample}")
-        elif args.format == "jsonl":
-            known = None if math.isnan(reward) else reward
-            print(json.dumps(dict(sample=sample, reward=known)))
-        else:
-            columns = [f"{rewards[k][i]:8.4f}  {samples[k][i]:{width}}" for k in names]
-            print("    ".join(columns).rstrip())
+        cells = [show(i, samples[i], rewards[i]) for samples, rewards in drawn.values()]
+        print("    ".join(cells))
     sys.stdout.flush()
+
+
+def draw(args, file):
+    """Samples of one model -> task, path, rewards (nan where there is no reward)."""
+    task, process, model, steps, prompts = load_run(file)
+    prompts = read_prompts(task, args.prompt, prompts, args.n)
+    torch.manual_seed(args.seed)
+    corrector = (args.corrector_steps, args.corrector_t) if args.corrector_steps else None
+    steps = steps if args.steps is None else args.steps
+    policy = lambda x, t: model(x, t) / args.temperature
+    path = process.sample(policy, args.n, task.length, steps or None, prompts, corrector=corrector)
+    rewards = [math.nan] * args.n
+    if task.reward is not None:
+        rewards = ask(task, path.tokens).tolist()
+    distinct, mean = len(path.tokens.unique(dim=0)), sum(rewards) / args.n
+    print(f"{file}: {args.n} samples, {distinct} distinct, mean reward {mean:.3f}", file=sys.stderr)
+    return task, path, rewards
 
 
 def read_prompts(task, text, prompts, n):
@@ -192,7 +204,7 @@ def make_evaluate(args, task, process, reference, data):
         reward = lambda tokens: ask(task, tokens)
         exact = sepo.Exact(process, reference, reward, task.length, args.beta, steps)
         return lambda model, tokens, rewards: exact(model)
-    measure = task.measure(data) if task.measure else lambda tokens, rewards: {}
+    measure = task.measure(data)
     prompts = task.prompts(held_out_data(task, 256, args.seed).to(data.device))
 
     def evaluate(model, tokens, rewards):
@@ -206,38 +218,32 @@ def make_evaluate(args, task, process, reference, data):
 
 def report(args, task, process, reference, model, evaluate, data):
     """Print each model's reward, KL to the pre-trained one and samples; save report.json."""
-    if not args.report_samples:
-        return
     held_out = held_out_data(task, args.report_samples, args.seed).to(data.device)
     n, steps, k = len(held_out), args.steps or None, 16
     prompts, few = task.prompts(held_out), max(1, n // 4)
-    is_small = task.is_small(steps)
-    asked = 2 * n if is_small else 3 * n + few * (k + 1)
-    print(f"report: asks for {asked:,} more rewards (--report_samples=0: none)")
+    print(f"report: asks for {3 * n + few * (k + 1):,} more rewards (--report_samples=0: none)")
 
-    samples = {}
+    samples = {"data": (held_out, None)}
     for name, policy in (("pre-trained", reference), ("fine-tuned", model)):
         path = process.sample(policy, n, task.length, steps, prompts)
         with torch.no_grad():
             log_ratio = path.logp - process.replay(reference, path)
         samples[name] = path.tokens, log_ratio.flatten(1).sum(dim=1).mean().item()
-    if not is_small:                                    # the data, and the simplest rival
-        prompts = None if prompts is None else prompts[:few].repeat_interleave(k, dim=0)
-        many = process.sample(reference, few * k, task.length, steps, prompts).tokens
-        best = ask(task, many).view(few, k).argmax(dim=1)
-        best = many.view(few, k, task.length)[torch.arange(few), best]
-        samples["best of 16"] = best, math.log(k) - (k - 1) / k     # its KL is at most this
-        samples["data"] = held_out, None
-    measure = task.measure(data) if task.measure else lambda tokens, reward: {}
-    rows = {}
+    if prompts is not None:
+        prompts = prompts[:few].repeat_interleave(k, dim=0)
+    many = process.sample(reference, few * k, task.length, steps, prompts).tokens
+    best = ask(task, many).view(few, k).argmax(dim=1)
+    best = many.view(few, k, task.length)[torch.arange(few), best]
+    samples["best of 16"] = best, math.log(k) - (k - 1) / k     # its KL is at most this
+
+    measure, rows = task.measure(data), {}
     for name, (tokens, kl) in samples.items():
         reward = ask(task, tokens)
-        row = dict(reward=reward.mean().item(), kl=kl, **diversity(tokens, task.vocab_size))
+        rows[name] = row = dict(reward=reward.mean().item(), kl=kl)
+        row.update(diversity(tokens, task.vocab_size), **measure(tokens, reward))
         given = task.given(tokens) if task.given else None
         row["bound"] = process.bound(reference, tokens, draws=8, given=given)[0].mean().item()
-        row.update(measure(tokens, reward))
-        rows[name] = row
-        if is_small and name == "fine-tuned":
+        if task.is_small(steps) and name == "fine-tuned":
             row.update(evaluate(model, tokens, reward))
         cells = [f"{key} {value:.3f}" for key, value in row.items() if value is not None]
         print(f"{name:12} " + "  ".join(cells))
@@ -269,39 +275,32 @@ def pyplot():
 
 
 def plot_curve(out):
-    """curve.png, from metrics.jsonl: four quantities against the number of rewards asked."""
+    """curve.png, from metrics.jsonl: four panels of quantities against the number of rewards."""
     plt = pyplot()
     lines = [json.loads(line) for line in open(out / "metrics.jsonl")]
     lines = [line for line in lines if line["phase"] == "finetune"]
-    usual = {"phase", "iter", "queries", "passes", "reward", "reward_std", "clip_fraction", "kl",
-             "kl_after_corrector", "exact_reward", "exact_kl", "best_reward", "pretrained_reward"}
-    own = [key for line in lines for key in line if key not in usual]
-    fourth = (own + ["reward_std"])[0]
+    panels = [["reward", "exact_reward", "best_reward", "pretrained_reward"], ["reward_std"],
+              ["kl", "kl_after_corrector", "exact_kl"], ["clip_fraction"]]
+    usual = {"phase", "iter", "queries", "passes"}.union(*panels)
+    own = sorted(set().union(*lines) - usual)           # the task's own columns
+    panels[1] = own or panels[1]
     figure, axes = plt.subplots(2, 2, figsize=(10, 6), sharex=True)
-
-    def curve(axis, key, **style):
-        points = [(line["queries"], line[key]) for line in lines if key in line]
-        if points:
-            axis.plot(*zip(*points), **style)
-
-    kl = next(key for key in lines[0] if key.startswith("kl"))
-    for axis, key in zip(axes.flat, ("reward", fourth, kl, "clip_fraction")):
-        curve(axis, key, marker="." if key == fourth else None)
-        axis.set(xlabel="rewards asked", ylabel=key.replace("_", " "))
-    curve(axes[0, 0], "exact_reward", color="black", marker=".", label="exact")
-    curve(axes[0, 0], "best_reward", color="tab:green", ls="--", label="optimum")
-    curve(axes[0, 0], "pretrained_reward", color="tab:red", ls=":", label="pre-trained")
-    if axes[0, 0].get_legend_handles_labels()[0]:
-        axes[0, 0].legend()
+    for axis, keys in zip(axes.flat, panels):
+        for key in keys:
+            points = [(line["queries"], line[key]) for line in lines if key in line]
+            if points:
+                axis.plot(*zip(*points), marker=".", label=key.replace("_", " "))
+        axis.set_xlabel("rewards asked")
+        axis.legend()
     figure.tight_layout()
     figure.savefig(out / "curve.part.png", dpi=110)
     os.replace(out / "curve.part.png", out / "curve.png")
     plt.close(figure)
 
 
-def histograms(rewards, file):
+def histograms(drawn, file):
     plt = pyplot()
-    for name, values in rewards.items():
+    for name, (_, values) in drawn.items():
         plt.hist(values, bins=30, alpha=0.6, label=f"{name}: mean {sum(values) / len(values):.3f}")
     plt.xlabel("reward")
     plt.legend()

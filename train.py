@@ -32,6 +32,7 @@ import sepo
 from diffusion import SCHEDULES, device_of, pick
 from model import Config, Denoiser
 from rewards import TASKS, BadInput, ask
+from sample import at_least, inside
 
 RANK = int(os.environ.get("RANK", 0))               # set by torchrun; without it, one process
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
@@ -39,8 +40,8 @@ MASTER = RANK == 0                                  # the process that logs, sav
 
 DEFAULTS = {                                        # that go with a choice of task, chain, method
     "toy": dict(n_layer=2, n_embd=64),
-    "dna": dict(n_layer=2, n_embd=48, conv=13, pretrain_iters=1500, pretrain_lr=4e-3, steps=20,
-                group=64, updates=8, iters=150, beta=0.05, eval_every=5),
+    "dna": dict(n_layer=1, n_embd=48, conv=25, pretrain_iters=1500, pretrain_lr=4e-3, steps=20,
+                group=64, updates=8, iters=100, beta=0.03, eval_every=5),
     "arithmetic": dict(n_layer=3, pretrain_iters=3000, pretrain_batch=256, pretrain_lr=1e-3,
                        data_size=200000, prompts=16, group=16, updates=8, iters=120, lr=3e-4),
     "text": dict(n_layer=2, n_embd=96, conv=7, dropout=0.1, pretrain_iters=2500, pretrain_lr=3e-3,
@@ -125,7 +126,8 @@ def run(args):
         signal.signal(signal.SIGINT, signal.default_int_handler)    # the run is complete by now
         seed_everything(args, 2, 0)
         sample.plot_curve(args.out)
-        sample.report(args, task, process, reference, model, evaluate, data)
+        if args.report_samples:
+            sample.report(args, task, process, reference, model, evaluate, data)
         print(f"results are in {args.out}; next: python sample.py --run={args.out} --compare")
 
 
@@ -465,17 +467,6 @@ def save(file, **parts):
 # -----------------------------------------------------------------------------
 # flags
 
-def at_least(low, kind=int):
-    """An argparse type: a finite number that is not below `low`."""
-    def convert(text):
-        value = kind(text)
-        if not low <= value < math.inf:
-            raise ValueError
-        return value
-    convert.__name__ = f"{kind.__name__} >= {low}"      # argparse says: invalid int >= 1 value: '0'
-    return convert
-
-
 def absolute(text):
     """An argparse type: a path that --resume and sample.py find from any folder."""
     return os.path.abspath(text) if text else ""
@@ -547,7 +538,7 @@ def get_parser():
     add("--steps", type=whole, default=0, help="steps of the time grid (0: none; absorb only)")
     add("--corrector_steps", type=whole, default=0, 
         help="moves of the corrector, which pulls samples towards the model's law, per rollout")
-    add("--corrector_t", type=real, default=0.5, help="time at which the corrector runs")
+    add("--corrector_t", type=inside, default=0.5, help="time at which the corrector runs")
     add = parser.add_argument_group("fine-tuning").add_argument
     add("--algo", choices=["sepo", "loop", "prdp", "reinforce"], default="sepo", help="method")
     add("--iters", type=count, default=100, help="rollouts")
@@ -617,7 +608,6 @@ def check_combinations(parser, args):
     for wrong, message in [
         (uniform and args.states == "noised", "--states=noised needs masks: use --process=absorb"),
         (uniform and not args.steps, "--process=uniform needs a time grid: try --steps=16"),
-        (not 0 < args.corrector_t < 1, "--corrector_t must lie between 0 and 1"),
         (not args.dropout < 1, "--dropout must lie below 1"),
         (not args.grad_clip, "--grad_clip must lie above 0"),
         (args.n_embd % args.n_head or args.n_embd % 2,

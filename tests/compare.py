@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 TOY = ["--task=toy", "--iters=157", "--eval_every=3", "--report_samples=0"]     # 20,096 rewards
-ARITHMETIC = ["--task=arithmetic", "--eval_every=4", "--report_samples=0"]
+ARITHMETIC = ["--task=arithmetic", "--eval_every=2", "--report_samples=0"]
 DNA = ["--task=dna", "--report_samples=500"]
 NEIGHBOURS = ["--states=neighbours", "--updates=4"]
 LOOP, PRDP = ["--algo=loop"], ["--algo=prdp"]
@@ -62,7 +62,7 @@ COMPARISONS = {             # name: (flags of all runs, the column to compare, {
         "loop": [*LOOP, "--path_events=5", "--updates=4"], "prdp": [*PRDP, "--updates=2"],
         "reinforce": [*REINFORCE, "--path_events=5"], "sepo, no KL": ["--beta=0"]}),
     "beta": (DNA, "true activity", {
-        f"beta {beta}": [f"--beta={beta}"] for beta in (0, 0.03, 0.1, 0.3)}),
+        f"beta {beta}": [f"--beta={beta}"] for beta in (0, 0.01, 0.03, 0.1, 0.3)}),
 }
 
 

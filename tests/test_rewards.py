@@ -65,7 +65,7 @@ def fails(tokens):
 
 @pytest.mark.parametrize("reward, message", [
     (fails, r"raised RuntimeError: no oracle today in test_rewards.py line \d+, asked for 3"),
-    (lambda x: torch.zeros(len(x), 2), r"shape \[3, 2\]: it must be \[3\]"),
+    (lambda x: torch.zeros(len(x), 2), "sample 0, 'AC', is .0.0, 0.0.: a finite number"),
     (lambda x: [1.0, 2.0], "returned 2 values for 3 samples"),
     (lambda x: torch.tensor([0, math.nan, 0]), "sample 1, 'GT', is nan"),
     (lambda x: torch.tensor([0, 0, math.inf]), "sample 2, 'AA', is inf"),
@@ -152,28 +152,27 @@ def test_both_strands_have_the_same_activity():
     assert torch.allclose(activity(x), activity(3 - x.flip(1))) and activity(x).max() > 1
 
 
-def test_sites_are_planted_as_stated_and_go_along_with_gc():
-    n, L, found, total, places = 4000, 60, 0, 0, 4
-    rng, by_gc = random.Random(0), {True: 0, False: 0}
+def test_sites_stand_at_their_places_and_go_along_with_gc():
+    """Half of the 3 places hold a site on average; elsewhere sites occur by chance alone."""
+    n, L, rng = 4000, 50, random.Random(0)
+    rich, poor, elsewhere = [], [], 0
     for _ in range(n):
-        sequence, planted = rewards.dna_sequence(L, rng)
+        sequence = rewards.dna_sequence(L, rng)
         assert len(sequence) == L and set(sequence) <= set("ACGT")
-        ends = [start + len(rewards.FACTORS[name][0]) for name, start in planted]
-        assert all(a <= b for a, (_, b) in zip(ends, planted[1:])) and max(ends, default=0) <= L
-        by_gc[sequence.count("G") + sequence.count("C") > L / 2] += len(planted)
-        for name, start in planted:
-            total += 1
-            found += any(m.start() == start for m in rewards.PATTERNS[name].finditer(sequence))
-    assert 0.3 * n * places < total < 0.55 * n * places and by_gc[True] > 1.3 * by_gc[False]
-    assert 0.5 < found / total < 0.9                            # the others are mutated
+        starts = {m.start() for p in rewards.PATTERNS.values() for m in p.finditer(sequence)}
+        planted = len(starts & {2, 18, 34})
+        elsewhere += len(starts) - planted
+        (rich if sequence.count("G") + sequence.count("C") > L / 2 else poor).append(planted)
+    assert 0.48 < sum(rich + poor) / (3 * n) < 0.54 and elsewhere < 0.01 * L * n
+    assert sum(rich) / len(rich) > 1.7 * sum(poor) / len(poor)
 
 
 def test_the_oracle_knows_something_believes_in_gc_and_ends_the_same_again():
     task, again = rewards.make_dna(), rewards.make_dna()
     x = task.data(2000, torch.Generator().manual_seed(0))
     new = task.held(1000, torch.Generator().manual_seed(1))
-    task.oracle.fit(x, epochs=20)
-    again.oracle.fit(x, epochs=20)
+    task.oracle.fit(x)
+    again.oracle.fit(x)
     first = ask(task, new)
     assert torch.equal(first, ask(again, new))
     assert torch.allclose(first[:3], ask(task, new[:3]), atol=1e-5)             # no batch effects
@@ -280,7 +279,7 @@ def test_a_pad_joins_the_alphabet_and_the_reward_does_not_see_it(tmp_path):
 
 def test_a_pad_that_occurs_in_the_data_is_refused(tmp_path):
     """Its copies would vanish from the samples: [O-] would become [O]."""
-    with pytest.raises(BadInput, match="--pad=- occurs in .*: .* choose a free letter, such as --pad=\\."):
+    with pytest.raises(BadInput, match="--pad=- is a letter of .*: choose another"):
         open_task("text", 4, write(tmp_path, "[O-]\nCC\n"), "-")
 
 
@@ -290,15 +289,14 @@ def test_dna_itself_can_be_padded(tmp_path):
     assert ask(task, task.data(2)).isfinite().all()
 
 
-def test_windows_of_a_genome_avoid_ambiguous_letters_and_say_so(tmp_path, capsys):
+def test_windows_of_a_genome_avoid_ambiguous_letters(tmp_path):
     rng = random.Random(0)
     left, right = ("".join(rng.choices("ACGT", k=100)) for _ in range(2))
     file = write(tmp_path, f">chr\n{left}\nNNNNNR\n{right}\n".lower(), "g.fa.gz")
     task = open_task("dna", 8, file, crop=True)
-    assert "avoid 6 ambiguous letters" in capsys.readouterr().err
     drawn = set(task.decode(task.data(2000)))
     assert drawn and all(s in left or s in right for s in drawn)
-    with pytest.raises(BadInput, match="'[NR]' at position [16] of .*line 3 is not in 'ACGT'; windows .--crop. avoid"):
+    with pytest.raises(BadInput, match="'[NR]' at position 10[16] of .*line 1 is not .*--crop avoids N"):
         open_task("dna", 206, file)
 
 
@@ -321,7 +319,7 @@ def test_a_reward_file_may_define_columns_of_the_report(tmp_path):
                                      "def measure(s): return {'G': sum(x.count('G') for x in s)}\n")
     task = open_task("toy", reward=f"{tmp_path / 'own.py'}:score")
     tokens = task.encode(["GGGCCC", "AAAAAG"])
-    assert task.measure(None)(tokens, None) == {"G": 4} and TASKS["toy"].measure is None
+    assert task.measure(None)(tokens, None) == {"G": 4} and TASKS["toy"].measure(None)(tokens, None) == {}
 
 
 def test_cropping_takes_windows(tmp_path):
@@ -365,23 +363,20 @@ def test_text_with_a_pad_is_one_sequence_per_line(tmp_path):
 
 
 @pytest.mark.parametrize("content, more, message", [
-    ("ACGT\nACG\n", {}, "2 has 3 letters, --task=dna 4 slots: fill up with --pad=-, or choose --l"),
-    ("ACGT\nACGTA\n", {}, "2 has 5 letters, --task=dna 4 slots: cut windows with --crop$"),
-    ("ACGTA\nACGTA\n", {}, "1 has 5 letters, .* cut windows with --crop, or choose --length=5"),
-    ("ACG\nAC\n", dict(crop=True), "no sequence of 4 letters .* the longest has 3"),
-    ("LOCUS NC_1\nORIGIN\n 1 acgt", {}, "looks like GenBank: FASTA or one sequence per line"),
-    ("@read\nACGT\n+\nFFFF\n", {}, "looks like FASTQ"),
-    ("id,sequence\n" + "1,ACGT\n" * 5, {}, "looks like CSV"),
-    (">x\nACGT\n>y\nAC\nXT\n", {}, "'X' at position 1 of .*data.txt line 5 is not in 'ACGT'"),
+    ("ACGT\nACG\n", {}, "line 2 has 3 letters, fewer than the 4 slots: fill up with --pad=-"),
+    ("ACGT\nACGTA\n", {}, "line 2 has 5 letters, more than the 4 slots: cut windows with --crop"),
+    ("ACG\nAC\n", dict(crop=True), "no sequence of 4 letters for windows"),
+    ("@read\nACGT\n+\nFFFF\n", {}, "line 1 is not in 'ACGT': --data is FASTA or one sequence"),
+    (">x\nACGT\n>y\nAC\nXT\n", {}, "'X' at position 3 of the sequence at .*data.txt line 3 is not in 'ACGT'"),
     ("ACGT\nACGTA\n", dict(pad="-"), "line 2 has 5 letters"),
-    ("ACGT\n\nACGT\n", {}, "data.txt line 2 is empty"),
-    (">a\n>b\nACGT\n", {}, "data.txt line 1 is empty"),
+    ("ACGT\n\nACGT\n", {}, "data.txt line 2 has 0 letters"),
+    (">a\n>b\nACGT\n", {}, "data.txt line 1 has 0 letters"),
     ("ACGT\nACXT\n", {}, "'X' at position 3 of .*data.txt line 2 is not in 'ACGT'"),
     ("ACGT\nA_GT\n", {}, "'_' at position 2 of .*data.txt line 2 is not in"),
     ("", {}, "data.txt is empty"), ("\n \n", {}, "data.txt is empty"),
-    (b"\xff\xfe\x00A", {}, "data.txt is not text"),
+    (b"\xff\xfe\x00A", {}, "data.txt cannot be read as text"),
     ("ACGT", dict(pad="--"), "--pad=--: one letter is needed"),
-    ("ACGT", dict(pad="A"), "--pad=A occurs in"), ("CCGG", dict(pad="A"), "--pad=A is a letter of")])
+    ("ACGT", dict(pad="A"), "--pad=A is a letter of"), ("CCGG", dict(pad="A"), "--pad=A is a letter of")])
 def test_files_that_cannot_be_used_get_a_line(content, more, message, tmp_path):
     with pytest.raises(BadInput, match=message):
         open_task("dna", 4, write(tmp_path, content), **more)
@@ -417,7 +412,7 @@ def test_a_reward_from_a_file_may_import_its_neighbours(tmp_path):
 @pytest.mark.parametrize("code, name, message", [
     ("", "own.py", "own.py: file.py:function is needed"),
     ("", "own.txt:score", "file.py:function is needed"),
-    ("", "other.py:score", "other.py does not exist"),
+    ("", "other.py:score", "other.py:score: .* a file that exists"),
     ("x = 1", "own.py:score", "own.py has no function score"),
     ("score = 1", "own.py:score", "has no function score"),
     ("\n1 / 0", "own.py:score", "ZeroDivisionError: division by zero in own.py line 2"),

@@ -94,7 +94,7 @@ def test_a_run_leaves_its_files_and_says_what_to_type_next(toy):
     assert f"python sample.py --run={out}" in printed.splitlines()[-1]
     assert "share_of_optimum" in printed and "finetune" in progress
     report = json.loads((out / "report.json").read_text())
-    assert set(report) == {"pre-trained", "fine-tuned"}
+    assert set(report) == {"data", "pre-trained", "fine-tuned", "best of 16"}
 
 
 def test_every_line_of_metrics_holds_what_it_should(toy):
@@ -581,10 +581,10 @@ def test_a_uniform_run_is_sampled_and_filmed(tmp_path, capsys):
 
 @pytest.mark.parametrize("args, message", [
     (["--run=nowhere"], "nowhere/finetuned.pt does not exist"),
-    (["--n=0"], "must be positive"), (["--which=best"], "invalid choice: 'best'"),
+    (["--n=0"], "invalid int >= 1 value"), (["--which=best"], "invalid choice: 'best'"),
     (["--movie=a.png"], "a name that ends in .gif is needed"),
     (["--prompt=TC"], "--prompt=TC has 2 letters, the task 6 slots: write _ for a free slot"),
-    (["--prompt=TCX___"], "'X' at position 3"), (["--steps=-3"], "must not be negative"),
+    (["--prompt=TCX___"], "'X' at position 3"), (["--steps=-3"], "invalid int >= 0 value"),
     (["--compare", "--format=fasta"], "--compare prints a table")])
 def test_bad_input_of_sample_gets_a_line(args, message, toy, capsys):
     fails(sample.main, [f"--run={toy[0]}", *args], message, capsys)
