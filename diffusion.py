@@ -288,6 +288,21 @@ class Chain:
             x = x.scatter(1, slot, torch.where(is_free, new, old))
         return x
 
+    def sample_corrected(self, model, batch, length, steps, prompt, corrector, generator=None):
+        """Samples are noised again up to time t, corrected there by some moves of `correct`, and
+        drawn anew -> path from t on. corrector: (moves, t)."""
+        moves, t = corrector
+        if steps:
+            t = max(1, round(t * steps)) / steps
+        first = self.sample(model, batch, length, steps, prompt, generator)
+        x, given = first.tokens, first.given
+        noised = self.corrupt(x, torch.full((batch,), t, device=x.device), generator)
+        x = torch.where(given, x, noised)
+        x = self.correct(model, x, t, moves, given, generator)
+        path = self.sample(model, batch, length, steps, prompt, generator, start=(x, t))
+        path.before = len(first.visits[0]) + moves * batch
+        return path
+
 # -----------------------------------------------------------------------------
 # the absorbing chain
 
@@ -364,30 +379,17 @@ class Absorbing(Chain):
             time = (time * steps).ceil().clamp(1, steps) / steps
         return time.masked_fill(given, math.inf)
 
-    def sample(self, model, batch, length, steps=None, prompt=None, generator=None,
-               corrector=None):
+    def sample(self, model, batch, length, steps=None, prompt=None, generator=None, start=None):
         """Draw sequences -> Path. steps=None: no grid, and no discretization error.
 
-        prompt: [L] or [batch, L], the mask where a slot is free. corrector: (moves, t); the
-        reverse process pauses at time t for `correct`, and the path that is returned starts
-        there: what was revealed before counts as given."""
+        prompt: [L] or [batch, L], the mask where a slot is free. start: a state [batch, L] and its
+        time, in place of nothing but masks at time 1."""
         device = device_of(model)
-        x = torch.full((batch, length), self.mask, device=device)
-        if prompt is not None:
+        x, t = start or (torch.full((batch, length), self.mask, device=device), 1.0)
+        if prompt is not None and start is None:
             x = prompt.to(device).expand(batch, length).clone()
-        given = x != self.mask
-        time = self.reveal_times(given, steps, generator)
-        if not corrector:
-            return self.reveal(model, x, time, generator)
-        moves, t = corrector
-        if steps:
-            t = max(1, round(t * steps)) / steps
-        early = self.reveal(model, x, time.masked_fill(time <= t, math.inf), generator)
-        x = self.correct(model, early.tokens, t, moves, given, generator)
-        time = self.reveal_times(x != self.mask, steps, generator, start=t)
-        path = self.reveal(model, x, time, generator)
-        path.before = len(early.visits[0]) + moves * batch
-        return path
+        time = self.reveal_times(x != self.mask, steps, generator, t)
+        return self.reveal(model, x, time, generator)
 
     @torch.no_grad()
     def reveal(self, model, x, time, generator=None):
@@ -575,29 +577,24 @@ class Uniform(Chain):
     # sampling
 
     @torch.no_grad()
-    def sample(self, model, batch, length, steps=None, prompt=None, generator=None,
-               corrector=None):
-        """Draw sequences in N = `steps` passes -> GridPath. prompt, corrector: see Absorbing."""
+    def sample(self, model, batch, length, steps=None, prompt=None, generator=None, start=None):
+        """Draw sequences in N = `steps` passes -> GridPath. prompt, start: see Absorbing."""
         N, V, device = steps or self.DEFAULT_STEPS, self.vocab_size, device_of(model)
-        x = torch.randint(V, (batch, length), generator=generator, device=device)
+        noise = torch.randint(V, (batch, length), generator=generator, device=device)
+        x, t = start or (noise, 1.0)
         given = torch.zeros_like(x, dtype=torch.bool)
         if prompt is not None:
             prompt = prompt.to(device).expand(batch, length)
             given = prompt < V
             x = torch.where(given, prompt, x)
-        pause = max(1, round(corrector[1] * N)) if corrector else None
-        states, logps, before = [x], [], 0
-        for k in range(N, 0, -1):
-            if k == pause:
-                x = self.correct(model, x, k / N, corrector[0], given, generator)
-                before = (len(logps) + corrector[0]) * batch
-                states, logps = [x], []
+        states, logps = [x], []
+        for k in range(round(t * N), 0, -1):
             x, logp = self.step(model, x, given, k / N, (k - 1) / N, generator)
             states.append(x)
             logps.append(logp)
         states = torch.stack(states).to(torch.uint8 if V <= 256 else torch.int32)
         time = torch.arange(len(logps), -1, -1, device=device) / N
-        return GridPath(states, time, torch.stack(logps, dim=1), given, before)
+        return GridPath(states, time, torch.stack(logps, dim=1), given)
 
     def step(self, model, x, given, t, s, generator=None):
         """One step of the grid, from time t to s -> next state, log-probability of each move."""

@@ -65,8 +65,6 @@ def main(argv=None):
     add("--steps", type=whole, help="steps of the time grid, in place of the run's (0: none)")
     add("--prompt", default="", help="given letters, with _ for free slots: TC____")
     add("--temperature", type=at_least(0.001, float), default=1.0, help="divides the logits")
-    add("--corrector_steps", type=whole, default=0, help="corrector moves")
-    add("--corrector_t", type=inside, default=0.5, help="time at which the corrector runs")
     add("--seed", type=whole, default=0, help="seed of every random draw")
     add("--format", choices=FORMATS, default="text", help="of the samples")
     add("--movie", type=Path, help="file.gif: the reverse process of a few samples")
@@ -110,10 +108,9 @@ def draw(args, file):
     task, process, model, steps, prompts = load_run(file)
     prompts = read_prompts(task, args.prompt, prompts, args.n)
     torch.manual_seed(args.seed)
-    corrector = (args.corrector_steps, args.corrector_t) if args.corrector_steps else None
     steps = steps if args.steps is None else args.steps
     policy = lambda x, t: model(x, t) / args.temperature
-    path = process.sample(policy, args.n, task.length, steps or None, prompts, corrector=corrector)
+    path = process.sample(policy, args.n, task.length, steps, prompts)
     rewards = [math.nan] * args.n
     if task.reward is not None:
         rewards = ask(task, path.tokens).tolist()
@@ -185,7 +182,7 @@ def load_run(file):
         task.oracle.load_state_dict(saved["oracle"])
         task.oracle.eval()
     process = CHAINS[args.process](task.vocab_size, args.schedule)
-    return task, process, model.eval(), args.steps or None, saved["prompts"]
+    return task, process, model.eval(), args.steps, saved["prompts"]
 
 # -----------------------------------------------------------------------------
 # what a run has learnt; train.py calls these
@@ -199,7 +196,7 @@ def held_out_data(task, n, seed):
 def make_evaluate(args, task, process, reference, data):
     """-> evaluate(model, tokens, rewards) -> metrics: exact ones where the space is small, else
     the task's own of the latest rollout, and the reward on held-out prompts."""
-    steps = args.steps or None
+    steps = args.steps
     if task.is_small(steps):
         reward = lambda tokens: ask(task, tokens)
         exact = sepo.Exact(process, reference, reward, task.length, args.beta, steps)
@@ -219,7 +216,7 @@ def make_evaluate(args, task, process, reference, data):
 def report(args, task, process, reference, model, evaluate, data):
     """Print each model's reward, KL to the pre-trained one and samples; save report.json."""
     held_out = held_out_data(task, args.report_samples, args.seed).to(data.device)
-    n, steps, k = len(held_out), args.steps or None, 16
+    n, steps, k = len(held_out), args.steps, 16
     prompts, few = task.prompts(held_out), max(1, n // 4)
     print(f"report: asks for {3 * n + few * (k + 1):,} more rewards (--report_samples=0: none)")
 

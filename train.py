@@ -19,6 +19,7 @@ import signal
 import sys
 import time
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -88,8 +89,7 @@ def run(args):
     if source:
         model = load_pretrained(source, args, task)
     else:
-        model = Denoiser(Config(task.vocab_size, task.length, args.n_layer, args.n_head,
-                                args.n_embd, args.dropout, args.process == "uniform", args.conv))
+        model = new_model(args, task)
     model.to(args.device)
     if args.dtype == "bfloat16":
         model.autocast = torch.bfloat16
@@ -129,6 +129,15 @@ def run(args):
         if args.report_samples:
             sample.report(args, task, process, reference, model, evaluate, data)
         print(f"results are in {args.out}; next: python sample.py --run={args.out} --compare")
+
+
+def new_model(args, task):
+    config = Config(task.vocab_size, task.length, args.n_layer, args.n_head, args.n_embd,
+                    args.dropout, args.process == "uniform", args.conv)
+    try:
+        return Denoiser(config)
+    except ValueError as error:                         # sizes that do not fit
+        raise BadInput(f"the model cannot be made: {error}") from error
 
 
 def load_pretrained(file, args, task):
@@ -180,7 +189,9 @@ def finetune(args, task, process, model, reference, data, evaluate, checkpoint):
     reference = compiled(args, deepcopy(reference))     # of the KL; --ref_every moves it
     baseline = sepo.Baseline()
     P, G = args.prompts // WORLD_SIZE, args.group
-    corrector = (args.corrector_steps, args.corrector_t) if args.corrector_steps else None
+    draw = process.sample
+    if args.corrector_steps:
+        draw = partial(process.sample_corrected, corrector=(args.corrector_steps, args.corrector_t))
     state = dict(model=model, reference=reference, optimizer=optimizer, baseline=baseline)
     first = restore(args, checkpoint, "finetune", state)
 
@@ -194,8 +205,7 @@ def finetune(args, task, process, model, reference, data, evaluate, checkpoint):
         if task.given:
             prompt = task.prompts(data[torch.randint(len(data), (P,), device=args.device)])
             prompt = prompt.repeat_interleave(G, dim=0)                                 # [P * G, L]
-        path = process.sample(model, P * G, task.length, args.steps or None, prompt,
-                              corrector=corrector)
+        path = draw(model, P * G, task.length, args.steps, prompt)
 
         # 2. ask the black box
         reward = ask(task, path.tokens).view(P, G)
@@ -232,7 +242,7 @@ def finetune(args, task, process, model, reference, data, evaluate, checkpoint):
 
         # 5. log, draw, save
         kl = log_ratio.flatten(1).sum(dim=1).mean()                         # nats
-        name = "kl_after_corrector" if corrector else "kl"  # the path starts after the corrector
+        name = "kl_after_corrector" if args.corrector_steps else "kl"   # the path starts after it
         metrics = average({"reward": reward.mean(), "reward_std": reward.std(correction=0),
                            name: kl, "clip_fraction": torch.stack(clipped).mean()})
         metrics.update(queries=(i + 1) * args.prompts * G, passes=passes * WORLD_SIZE)
@@ -259,7 +269,7 @@ def old_policy(args, process, model, path):
         return None, 0
     with torch.no_grad():
         if args.states == "neighbours":
-            old = sepo.neighbours(process, model, path, args.exact_neighbours, args.steps or None)
+            old = sepo.neighbours(process, model, path, args.exact_neighbours, args.steps)
             return old, old[-1]
         view = sepo.draw_view(process, path, args.states)
         logp = [pick(process.log_law(model, part), part.y) for part in view.split(args.micro_batch)]
@@ -276,7 +286,7 @@ def policy_losses(args, process, model, rollout):
         return
     if args.states == "neighbours":
         yield sepo.neighbours_loss(process, model, path, advantage, rollout.old, args.clip,
-                                   args.exact_neighbours, args.steps or None)
+                                   args.exact_neighbours, args.steps)
         return
     if rollout.old:
         views = rollout.old.split(size)
@@ -608,17 +618,13 @@ def check_combinations(parser, args):
     for wrong, message in [
         (uniform and args.states == "noised", "--states=noised needs masks: use --process=absorb"),
         (uniform and not args.steps, "--process=uniform needs a time grid: try --steps=16"),
-        (not args.dropout < 1, "--dropout must lie below 1"),
+        (args.dropout >= 1, "--dropout must lie below 1"),
         (not args.grad_clip, "--grad_clip must lie above 0"),
-        (args.n_embd % args.n_head or args.n_embd % 2,
-         "--n_embd must be even and a multiple of --n_head"),
-        (args.conv and args.conv % 2 == 0, "--conv must be odd"),
         (args.group == 1 and args.advantage in ("grpo", "dr_grpo", "loo"),
          "--group=1 leaves nothing to compare a sample with: add --advantage=running"),
-        (args.algo == "prdp" and args.group == 1, "--algo=prdp needs --group above 1"),
         (args.consistency and args.states != "noised", "--consistency is for --states=noised"),
-        (args.algo == "prdp" and not args.beta, "--algo=prdp needs --beta above 0"),
-        (args.algo == "prdp" and args.path_events, "--algo=prdp needs --path_events=0: all events"),
+        (args.algo == "prdp" and (args.path_events or args.group == 1 or not args.beta),
+         "--algo=prdp needs --path_events=0, all events, and --group and --beta above 1 and 0"),
         (args.algo != "sepo" and (options or args.states != "path"),
          f"--states, --kl, --consistency, --entropy and --clip_mode do not apply to {args.algo}"),
         (args.states == "neighbours" and (options or args.micro_batch),

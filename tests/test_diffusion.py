@@ -508,7 +508,7 @@ def test_sampling_with_a_corrector_has_the_law_of_a_consistent_model(chain, step
     model = posterior_table(p0, 2, 3) if chain is Absorbing else Posterior(p0, 2, 3)
     process = chain(2)
     torch.manual_seed(12)
-    path = process.sample(model, 3000, 3, steps, corrector=(5, 0.4))
+    path = process.sample_corrected(model, 3000, 3, steps, None, (5, 0.4))
     assert chi_square(path.tokens, p0, 2) > P_MIN and (path.tokens < 2).all()
     assert torch.allclose(process.replay(model, path), path.logp, atol=1e-4)
     assert path.time.masked_fill(path.time.isinf(), 0).max() <= 0.41

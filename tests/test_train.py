@@ -113,7 +113,7 @@ def test_passes_count_states_a_backward_pass_twice(tmp_path):
     loop = run(tmp_path / "b", "--algo=loop")
     assert loop[-1]["passes"] == 48 + 2 * 24 * 3
     uniform = run(tmp_path / "c", "--process=uniform", "--corrector_steps=5", "--corrector_t=0.25")
-    assert uniform[-1]["passes"] == 8 * (12 + 5) + 2 * 8 * 4 + 2 * 8 * 3
+    assert uniform[-1]["passes"] == 8 * (16 + 5) + 2 * 8 * 4 + 2 * 8 * 3
     assert "kl_after_corrector" in uniform[-1]
     prdp = run(tmp_path / "f", "--algo=prdp")
     assert prdp[-1]["passes"] == 48 + 2 * 24 * 4
@@ -228,10 +228,10 @@ def test_own_data_and_reward_and_a_start_from_a_saved_model(tmp_path, monkeypatc
     (["--group=0"], "argument --group: invalid int >= 1 value: '0'"),
     (["--lr=nan"], "argument --lr/--learning_rate: invalid float >= 0 value: 'nan'"),
     (["--iters"], "argument --iters: expected one argument"),
-    (["--n_embd=30"], "--n_embd must be even and a multiple of --n_head"),
+    (["--n_embd=30"], "n_embd must be even and a multiple of n_head"),
     (["--process=uniform", "--states=noised"], "--states=noised needs masks"),
     (["--process=uniform", "--steps=0"], "--process=uniform needs a time grid"),
-    (["--algo=prdp", "--beta=0"], "--algo=prdp needs --beta above 0"),
+    (["--algo=prdp", "--beta=0"], "--algo=prdp needs --path_events=0"),
     (["--algo=loop", "--states=noised"], "do not apply to loop"),
     (["--states=neighbours", "--kl=loss"], "--states=neighbours has no --kl"),
     (["--task=dna", "--states=neighbours", "--exact_neighbours"], "the space of --task=dna is too"),
@@ -565,7 +565,7 @@ def test_samples_as_text_fasta_and_json(toy, capsys):
 def test_prompts_comparison_movie_and_histogram(toy, tmp_path, capsys):
     gif, png = tmp_path / "a.gif", tmp_path / "a.png"
     sample.main([f"--run={toy[0]}", "--n=3", "--prompt=TC____", "--compare", f"--movie={gif}",
-                 f"--plot={png}", "--steps=4", "--corrector_steps=2"])
+                 f"--plot={png}", "--steps=4"])
     out = capsys.readouterr().out.splitlines()
     assert "pretrained" in out[0] and "finetuned" in out[0] and len(out) == 4
     assert all(column[:2] == "TC" for line in out[1:] for column in line.split()[1::2])
