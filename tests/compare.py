@@ -1,5 +1,6 @@
 """Every comparison of the README and of RESULTS.md, each with one command: a table and a figure.
 
+    python tests/compare.py defaults        # every task as it is: the table of the README
     python tests/compare.py methods         # the toy: SEPO with both clips, LOOP, PRDP, REINFORCE
     python tests/compare.py states          # the toy: where SEPO takes the score
     python tests/compare.py factorial       # the toy: events x updates x advantage
@@ -21,19 +22,24 @@ import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 TOY = ["--task=toy", "--iters=157", "--eval_every=3", "--report_samples=0"]     # 20,096 rewards
-ARITHMETIC = ["--task=arithmetic", "--eval_every=2", "--report_samples=0"]
+ARITHMETIC = ["--task=arithmetic", "--iters=60", "--eval_every=2", "--report_samples=0"]
 DNA = ["--task=dna", "--report_samples=500"]
 NEIGHBOURS = ["--states=neighbours", "--updates=4"]
+LABELS = {"queries": "rewards asked", "total_passes": "passes", "kl": "KL of the paths, nats",
+          "reward": "oracle"}
 LOOP, PRDP = ["--algo=loop"], ["--algo=prdp"]
 REINFORCE = ["--algo=reinforce"]
 
 COMPARISONS = {             # name: (flags of all runs, the column to compare, {variant: its flags})
+    "defaults": ([], "reward", {
+        task: [f"--task={task}"] for task in ("toy", "arithmetic", "dna", "text")}),
     "methods": (TOY, "share_of_optimum", {
         "sepo": [], "sepo, cap": ["--clip_mode=cap"], "loop": LOOP, "prdp": PRDP,
         "reinforce": REINFORCE}),
@@ -79,13 +85,20 @@ def train(folder, *flags):
     return folder
 
 
+def pretrained(out, task, seed):
+    """The pre-trained model that all variants of a seed start from; task: the flag --task=..."""
+    folder = out / task.split("=")[1] / str(seed)
+    train(folder, task, f"--seed={seed}", "--iters=1", "--report_samples=0")
+    return folder / "pretrained.pt"
+
+
 def run(out, name, seed, key):
     """-> the metrics of every evaluation of the run of one variant and seed."""
-    flags, _, variants = COMPARISONS[out.name]
-    task = flags[0]
-    start = out.parent / task.split("=")[1] / str(seed) / "pretrained.pt"
+    common, _, variants = COMPARISONS[out.name]
+    flags = [*common, *variants[name]]
+    start = pretrained(out.parent, flags[0], seed)
     folder = folder_of(out, name, seed)
-    train(folder, *flags, *variants[name], f"--seed={seed}", f"--init={start}")
+    train(folder, *flags, f"--seed={seed}", f"--init={start}")
     lines = [json.loads(line) for line in open(folder / "metrics.jsonl")]
     passes = 0
     for line in lines:
@@ -117,46 +130,65 @@ def table(runs, key, marks):
     return "\n".join(rows)
 
 
-def figure(runs, key, file):
-    """Median and range over the seeds, against rewards asked and against passes."""
+def figure(runs, panels, file):
+    """A panel per (x, y): median over the seeds, and the range of y."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    drawing, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
-    for axis, x, label in zip(axes, ("queries", "total_passes"), ("rewards asked", "passes")):
+    drawing, axes = plt.subplots(1, len(panels), figsize=(10, 4))
+    for axis, (x, y) in zip(axes, panels):
         for name, seeds in runs.items():
-            curves = list(zip(*[[line[key] for line in lines] for lines in seeds]))
-            grid = [line[x] for line in seeds[0]]
-            line, = axis.plot(grid, [statistics.median(c) for c in curves], label=name)
-            low, high = [min(c) for c in curves], [max(c) for c in curves]
-            axis.fill_between(grid, low, high, alpha=0.2, color=line.get_color())
-        axis.set_xlabel(f"{label} ({len(seeds)} seeds: median and range)")
-    axes[1].set_xscale("log")
-    axes[0].set_ylabel(key.replace("_", " "))
-    if key == "share_of_optimum":
-        axes[0].set_ylim(-0.3, 1.03)
+            xs, ys = (list(zip(*[[line[key] for line in lines] for lines in seeds]))
+                      for key in (x, y))
+            line, = axis.plot([statistics.median(v) for v in xs],
+                              [statistics.median(v) for v in ys], label=name, marker=".")
+            axis.fill_between([statistics.median(v) for v in xs], [min(v) for v in ys],
+                              [max(v) for v in ys], alpha=0.15, color=line.get_color())
+        axis.set_xlabel(f"{LABELS[x]} ({len(seeds)} seeds: median and range)")
+        axis.set_ylabel(LABELS.get(y, y.replace("_", " ")))
+        if x == "total_passes":
+            axis.set_xscale("log")
+        if y == "share_of_optimum":
+            axis.set_ylim(-0.3, 1.03)
     axes[0].legend(fontsize=8)
     drawing.tight_layout()
     drawing.savefig(file, dpi=110)
 
 
+def median_and_range(values):
+    known = [value for value in values if value is not None]
+    if not known:
+        return ""
+    return f"{statistics.median(known):.2f} ({min(known):.2f} to {max(known):.2f})"
+
+
+def reports_of(out, name, seeds):
+    return [json.loads((folder_of(out, name, s) / "report.json").read_text()) for s in seeds]
+
+
 def report_table(out, names, seeds):
     """dna: the fine-tuned rows of report.json, median over the seeds; the first rows are shared."""
-    reports = {name: [] for name in names}
-    for name in names:
-        for seed in range(seeds):
-            report = folder_of(out, name, seed) / "report.json"
-            reports[name].append(json.loads(report.read_text()))
+    reports = {name: reports_of(out, name, seeds) for name in names}
     shared = ("data", "pre-trained", "best of 16")
     rows = {row: [r[row] for r in reports[names[0]]] for row in shared}
     rows |= {name: [r["fine-tuned"] for r in reports[name]] for name in names}
-    columns = [c for c in rows["data"][0] if isinstance(rows["pre-trained"][0][c], float)]
+    columns = list(rows["pre-trained"][0])
     lines = ["| | " + " | ".join(columns) + " |", "|" + " --- |" * (len(columns) + 1)]
-    for name, seeds_of in rows.items():
-        cells = [[row[c] for row in seeds_of if row[c] is not None] for c in columns]
-        shown = [f"{statistics.median(c):.2f} ({min(c):.2f} to {max(c):.2f})" if c else ""
-                 for c in cells]
-        lines.append(f"| {name} | " + " | ".join(shown) + " |")
+    for name, found in rows.items():
+        cells = [median_and_range([row[c] for row in found]) for c in columns]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def task_table(out, names, seeds):
+    """The reward of the data, and of samples before and after, with the KL that this cost."""
+    rows = ("data", "pre-trained", "best of 16", "fine-tuned")
+    lines = ["| task | " + " | ".join(rows) + " | KL, nats |", "|" + " --- |" * 6]
+    for name in names:
+        reports = reports_of(out, name, seeds)
+        cells = [median_and_range([report[row]["reward"] for report in reports]) for row in rows]
+        cells.append(median_and_range([report["fine-tuned"]["kl"] for report in reports]))
+        lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -223,20 +255,22 @@ def main():
     if args.what == "cosines":
         return cosines()
     flags, key, variants = COMPARISONS[args.what]
-    out, seeds = args.out / args.what, range(args.seeds)
-    task = flags[0].split("=")[1]
+    out, seeds, names = args.out / args.what, range(args.seeds), list(variants)
+    tasks = {[*flags, *variants[name]][0] for name in names}
     with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(lambda seed: train(args.out / task / str(seed), flags[0], f"--seed={seed}",
-                                         "--iters=1", "--report_samples=0"), seeds))
-        runs = {name: [pool.submit(run, out, name, seed, key) for seed in seeds]
-                for name in variants}
+        list(pool.map(lambda job: pretrained(args.out, *job), product(sorted(tasks), seeds)))
+        runs = {name: [pool.submit(run, out, name, seed, key) for seed in seeds] for name in names}
         runs = {name: [future.result() for future in futures] for name, futures in runs.items()}
-    last = min(lines[-1]["queries"] for seeds in runs.values() for lines in seeds)
-    marks = [mark for mark in (5000, 10000, 20000) if mark <= last]
-    print(table(runs, key, marks))
-    if task == "dna":
-        print(report_table(out, list(variants), args.seeds))
-    figure(runs, key, args.picture or ROOT / "assets" / f"{args.what}.png")
+    if args.what == "defaults":
+        return print(task_table(out, names, seeds))
+    last = min(lines[-1]["queries"] for found in runs.values() for lines in found)
+    print(table(runs, key, [mark for mark in (5000, 10000, 20000) if mark <= last]))
+    if flags == DNA:
+        print(report_table(out, names, seeds))
+    panels = [("queries", key), ("total_passes", key)]
+    if args.what == "beta":                             # over-optimization
+        panels = [("kl", "reward"), ("kl", key)]
+    figure(runs, panels, args.picture or ROOT / "assets" / f"{args.what}.png")
 
 
 if __name__ == "__main__":
