@@ -359,11 +359,9 @@ FACTORS = {                 # transcription factor: consensus in IUPAC letters, 
     "FOXA": ("TRTTKRY", 0.8),
     "AP-1": ("TGASTCA", 1.0),
     "CREB": ("TGACGTCA", 1.0),
-    "SP1": ("GGGGCGGGG", 0.8),
     "GATA1": ("WGATAR", 0.0),           # a repressor, by our decree
 }
 LONGEST_SITE = max(len(consensus) for consensus, _ in FACTORS.values())
-GC_RANGE = (0.2, 0.8)       # the share of G and C in the background
 MEASUREMENTS = 200          # sequences whose activity was measured ...
 NOISE = 1.0                 # ... and the standard deviation of a measurement
 IUPAC = dict(A="A", C="C", G="G", T="T", R="AG", Y="CT", S="CG", W="AT", K="GT", M="AC", N="ACGT")
@@ -398,13 +396,10 @@ def activity(tokens):
 
 
 def dna_sequence(length, rng):
-    """A promoter, aligned to its start: a random background with its own share of GC, and in
-    every 16 letters a place for a site of any factor, on either strand.
-
-    The more GC there is, the likelier a site: GC goes along with activity without causing it."""
-    low, high = GC_RANGE
-    gc = rng.uniform(low, high)
-    site_rate = (gc - low) / (high - low)
+    """A promoter, aligned to its start: in every 16 letters of a random background there is a place
+    for a site of any factor, on either strand. Half of the promoters are rich in G and C, and hold
+    most of the sites: GC goes along with activity without causing it."""
+    gc, site_rate = rng.choice([(0.65, 0.9), (0.35, 0.1)])
     letters = rng.choices("ACGT", [1 - gc, gc, gc, 1 - gc], k=length)
     for start in range(2, length - LONGEST_SITE + 1, 16):
         consensus, _ = rng.choice(list(FACTORS.values()))
@@ -418,12 +413,12 @@ def dna_sequence(length, rng):
 
 class Oracle(nn.Module):
     """A small convolutional network, tokens [B, L] -> activity [B], fitted on few and noisy
-    measurements. It takes GC, which goes along with activity, for a cause: it can be hacked."""
+    measurements. It averages over the sequence, and takes GC for a cause: it can be hacked."""
 
     def __init__(self, width=64):
         super().__init__()
         sites = [nn.Conv1d(4, width, 13, padding=6), nn.ReLU(), nn.MaxPool1d(4, ceil_mode=True)]
-        pairs = [nn.Conv1d(width, width, 5, padding=2), nn.ReLU(), nn.AdaptiveMaxPool1d(1)]
+        pairs = [nn.Conv1d(width, width, 5, padding=2), nn.ReLU(), nn.AdaptiveAvgPool1d(1)]
         head = [nn.Flatten(), nn.Dropout(0.2), nn.Linear(width, width), nn.ReLU()]
         self.net = nn.Sequential(*sites, nn.Dropout(0.2), *pairs, *head, nn.Linear(width, 1))
 
