@@ -485,10 +485,8 @@ def absolute(text):
 class Parser(argparse.ArgumentParser):
     def error(self, message):                           # one line, without two screens of usage
         for word in re.findall(r"--(\w+)", message.partition("unrecognized")[2]):
-            close = difflib.get_close_matches(word, [a.dest for a in self._actions], 1)
-            message += f"; did you mean --{close[0]}?" if close else ""
-        if message.startswith("unrecognized arguments: ") and "--" not in message:
-            message += "; a flag such as --crop takes no value"
+            for close in difflib.get_close_matches(word, [a.dest for a in self._actions], 1):
+                message += f"; did you mean --{close}?"
         self.exit(2, f"{self.prog}: {message}\n")
 
 
@@ -599,7 +597,7 @@ def parse_args(argv=None):
         fixed = json.loads(config.read_text())
     elif config.exists() and not first.overwrite:
         parser.error(f"{out} holds another run: use --resume, --overwrite or another --out")
-    parser.set_defaults(**fixed)
+    parser.set_defaults(**{"processes": WORLD_SIZE, **fixed})
     args = parser.parse_args(argv)
     for name, value in fixed.items():
         if getattr(args, name) != value and name != "save_every":
@@ -616,6 +614,7 @@ def check_combinations(parser, args):
     uniform = args.process == "uniform"
     options = args.kl != "return" or args.consistency or args.entropy or args.clip_mode != "stop"
     for wrong, message in [
+        (args.processes != WORLD_SIZE, f"--resume: the run had {args.processes} processes"),
         (uniform and args.states == "noised", "--states=noised needs masks: use --process=absorb"),
         (uniform and not args.steps, "--process=uniform needs a time grid: try --steps=16"),
         (args.dropout >= 1, "--dropout must lie below 1"),

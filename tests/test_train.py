@@ -221,7 +221,7 @@ def test_own_data_and_reward_and_a_start_from_a_saved_model(tmp_path, monkeypatc
 
 @pytest.mark.parametrize("args, message", [
     (["--grup=8"], "unrecognized arguments: --grup=8; did you mean --group?"),
-    (["--crop", "True"], "unrecognized arguments: True; a flag such as --crop takes no value"),
+    (["--crop", "True"], "unrecognized arguments: True"),
     (["--group=1"], "--group=1 leaves nothing to compare a sample with"),
     (["--task=toi"], "argument --task: invalid choice: 'toi'"),
     (["--iters=1.5"], "argument --iters: invalid int >= 1 value: '1.5'"),
@@ -242,6 +242,11 @@ def test_bad_flags_get_one_line_and_status_2(args, message, tmp_path, capsys):
         pytest.skip("there is a CUDA device")
     err = fails(train.main, ["--task=toy", f"--out={tmp_path / 'run'}", *args], message, capsys)
     assert err.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+def test_a_run_is_not_resumed_by_another_number_of_processes(toy, monkeypatch, capsys):
+    monkeypatch.setattr(train, "WORLD_SIZE", 2)
+    fails(train.main, ["--task=toy", f"--out={toy[0]}", "--resume"], "the run had 1 processes", capsys)
 
 
 def test_every_flag_is_explained_with_its_default():
