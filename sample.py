@@ -286,7 +286,7 @@ def plot_curve(out):
         for key in keys:
             points = [(line["queries"], line[key]) for line in lines if key in line]
             if points:
-                axis.plot(*zip(*points), marker=".", label=key.replace("_", " "))
+                axis.plot(*zip(*points), ".-", ms=3, label=key.replace("_", " "))
         axis.set_xlabel("rewards asked")
         axis.legend()
     figure.tight_layout()

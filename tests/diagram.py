@@ -30,7 +30,7 @@ def draw_path(axis):
                       fontsize=14)
         time = "1.0" if j == 0 else f"{0.9 - 0.22 * j:.1f}"
         axis.text(4.2, -j + 3.97, f"t = {time}", va="center", fontsize=11)
-    axis.text(5.5, -EVENT + 3.97, "a view:\nstate, slot", color="tab:red", fontsize=12, va="center")
+    axis.text(5.9, -EVENT + 3.97, "a view:\nstate, slot", color="tab:red", fontsize=12, va="center")
 
 
 def draw_law(axis):
