@@ -8,7 +8,7 @@ Reading order: noise schedules; what a sampled path remembers; what both chains 
 absorbing chain (masks); the uniform chain (random letters); exact laws of small spaces.
 """
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -52,11 +52,11 @@ SCHEDULES = {                           # alpha(t) and its inverse
 
 @dataclass
 class View:
-    """n states taken from paths, and in each of them k slots whose tokens are scored."""
+    """n states of paths, or noised samples, and in each of them k slots whose tokens are scored."""
     row: Tensor                         # [n]     the path that the state lies on
     x: Tensor                           # [n, L]  the state
     t: Tensor                           # [n]     its time
-    slots: Tensor                       # [n, k]  the scored slots
+    slots: Tensor | None                # [n, k]  the scored slots; None: all, k = L
     y: Tensor                           # [n, k]  the token that each of them took
     weight: Tensor                      # [n, k]  sum(weight * f) estimates sum f over the path
     logp_old: Tensor | None = None      # [n, k] log-probability of y when it was drawn
@@ -70,21 +70,24 @@ class View:
         return [self.take(slice(i, i + size)) for i in range(0, len(self.row), size)]
 
     def take(self, rows):
-        present = {name: part for name, part in vars(self).items() if part is not None}
-        return replace(self, **{name: part[rows] for name, part in present.items()})
+        return View(*(None if part is None else part[rows] for part in vars(self).values()))
 
 
 class Visits:
     """What both kinds of path share; n_events [B] is the number of events of each row."""
+    before = 0                          # states through the network before the path starts
 
     @cached_property
     def visits(self):
-        """The row and the event of every visited state, [n] each."""
-        events = torch.arange(int(self.n_events.max()), device=self.n_events.device)
-        return (events < self.n_events[:, None]).nonzero(as_tuple=True)
+        """The row and the event of every visited state, [n] each: all first events, then all second
+        ones, ...; in each the rows with the most events come first."""
+        order = self.n_events.argsort(descending=True)
+        events = torch.arange(self.logp.size(1), device=order.device)
+        event, place = (events[:, None] < self.n_events[order]).nonzero(as_tuple=True)
+        return order[place], event
 
     def views(self, size=None):
-        """Views of all visited states, `size` (default: B) states each."""
+        """Views of all visited states, `size` (default: B) states each, or as many as it lists."""
         size = size or len(self.n_events)
         for row, event in zip(*(part.split(size) for part in self.visits)):
             yield self.view(row, event)
@@ -97,7 +100,6 @@ class Path(Visits):
     time: Tensor                        # [B, L]  when each slot was revealed; inf where given
     logp: Tensor                        # [B, L]  log-probability of each token when drawn, nats
     mask: int
-    before: int = 0                     # states through the network before the path starts
 
     @property
     def given(self):
@@ -132,7 +134,7 @@ class Path(Visits):
         tokens, index, event = self.tokens[row], self.event[row], event[:, None]
         revealed, slots = (index == event).float().topk(self.width, dim=1)              # [n, k]
         x = torch.where(index >= event, self.mask, tokens)
-        t = self.time[row].gather(1, slots[:, :1]).squeeze(1).clamp(max=1)
+        t = self.time[row, slots[:, 0]].clamp(max=1)
         logp = self.logp[row].gather(1, slots)
         return View(row, x, t, slots, tokens.gather(1, slots), revealed, logp, place=slots)
 
@@ -140,15 +142,14 @@ class Path(Visits):
 @dataclass
 class GridPath(Visits):
     """Paths on a grid of N steps, where any slot may move in any step: all states are kept."""
-    states: Tensor                      # [N+1, B, L] uint8 (or int32), from noise to sample
+    states: Tensor                      # [N+1, B, L]  from noise to sample
     time: Tensor                        # [N+1]
     logp: Tensor                        # [B, N, L] log-probability of each slot's move or stay
     given: Tensor                       # [B, L]  the slots of the prompt
-    before: int = 0                     # states through the network before the path starts
 
     @property
     def tokens(self):
-        return self.states[-1].long()
+        return self.states[-1]
 
     @cached_property
     def n_events(self):
@@ -159,26 +160,23 @@ class GridPath(Visits):
         return logp.sum(dim=2)                                                          # [B, N]
 
     def state(self, j):
-        return self.states[j].long()
+        return self.states[j]
 
     def view(self, row, event):
         """The states of rows [n] before steps [n]; every slot is scored."""
-        L = self.given.size(1)
-        slots = torch.arange(L, device=row.device).expand(len(row), L)
-        x, y = self.states[event, row].long(), self.states[event + 1, row].long()
+        x, y = self.states[event, row], self.states[event + 1, row]
         t, s = self.time[event], self.time[event + 1]
         free = (~self.given[row]).float()
-        place = slots + event[:, None] * L
-        return View(row, x, t, slots, y, free, self.logp[row, event], s, place)
+        L = free.size(1)
+        place = event[:, None] * L + torch.arange(L, device=row.device)
+        return View(row, x, t, None, y, free, self.logp[row, event], s, place)
 
 
 def event_index(time):
     """Reveal times [B, L] -> their rank from the latest down, equal times sharing one; inf: -1."""
     value, order = time.sort(dim=1, descending=True)
-    is_new = torch.ones_like(value, dtype=torch.bool)
-    is_new[:, 1:] = value[:, 1:] < value[:, :-1]
-    rank = is_new.cumsum(dim=1) - 1
-    rank = rank - value[:, :1].isinf().long()           # the given slots, if any, come first
+    before = F.pad(value[:, :-1], (1, 0), value=math.inf)
+    rank = (value < before).cumsum(dim=1) - 1           # no time is below inf: given slots get -1
     return torch.empty_like(order).scatter_(1, order, rank)
 
 
@@ -194,17 +192,19 @@ def stratified(n, generator=None, device=None):
     return u.clamp(max=1 - 2 ** -24)                    # float32 may round up to 1
 
 
-def gumbel_like(logits, generator=None):
-    """Standard Gumbel noise: argmax(logits + noise) is a draw from softmax(logits)."""
-    return -torch.empty_like(logits).exponential_(generator=generator).log()
+def draw(logits, generator=None):
+    """Tokens from softmax(logits) [..., V] -> [...]: the argmax after adding Gumbel noise."""
+    noise = -torch.empty_like(logits).exponential_(generator=generator).log()
+    return (logits + noise).argmax(dim=-1)
 
 
 def logits_at(model, x, t, slots):
-    """The model's logits at slots [n, k] alone -> [n, k, V]; a Denoiser skips the other slots."""
+    """The model's logits at slots [n, k] alone -> [n, k, V], or at every slot (None) -> [n, L, V];
+    a Denoiser skips the other slots."""
     if hasattr(model, "logits_at"):
         return model.logits_at(x, t, slots)
     logits = model(x, t)
-    return logits.gather(1, slots[..., None].expand(-1, -1, logits.size(-1)))
+    return logits if slots is None else logits.take_along_dim(slots[..., None], dim=1)
 
 
 def device_of(model):
@@ -216,36 +216,45 @@ def device_of(model):
 # what both chains share
 
 class Chain:
-    """A chain defines corrupt, losses, log_score, log_law, sample, jump_law, kernel, exact_law."""
+    """A chain defines corrupt, losses, log_score, log_law, sample, jump_law, kernel, exact_law, and
+    the views of finished samples."""
+
+    DEFAULT_STEPS = None                # of the time grid; None: no grid
 
     def __init__(self, vocab_size, schedule="linear"):
         self.vocab_size = vocab_size
+        self.mask = vocab_size          # in a prompt, on both chains: a slot that is free
         self.alpha, self.alpha_inverse = SCHEDULES[schedule]
 
-    def loss(self, model, x0, generator=None, given=None):
+    def template(self, prompt, *shape):
+        """The prompt in every row, or nothing but free slots -> tokens of this shape."""
+        if prompt is None:
+            prompt = torch.tensor(self.mask)
+        return prompt.expand(shape)
+
+    def loss(self, model, x0, given=None):
         """Score entropy of the data x0 [B, L] -> scalar, in nats per sequence.
 
         An estimate of a bound on -log p_theta(x0); with slots `given` [B, L], on minus the
         log-probability of the other slots given these. (Uniform cuts its integral: see there.)"""
-        return self.losses(model, x0, generator, given).mean()
+        return self.losses(model, x0, given=given).mean()
 
     @torch.no_grad()
-    def bound(self, model, x0, draws=128, generator=None, given=None):
+    def bound(self, model, x0, draws=128, given=None):
         """The same for each sequence, averaged over draws -> mean [B], standard error [B], nats."""
-        losses = [self.losses(model, x0, generator, given) for _ in range(draws)]
+        losses = [self.losses(model, x0, given=given) for _ in range(draws)]
         losses = torch.stack(losses)                                                    # [draws, B]
         return losses.mean(dim=0), losses.std(dim=0) / draws ** 0.5
 
-    def path_view(self, path, events=1, generator=None):
+    def path_view(self, path, events=1):
         """`events` random states per path that the sampler visited -> View, weighted so that the
         sum over its terms is an unbiased estimate of the sum over the whole path."""
-        B, device = len(path.tokens), path.tokens.device
-        row = torch.arange(B, device=device).repeat(events)
-        stratum = torch.arange(events, device=device).repeat_interleave(B)
-        u = (stratum + stratified(B, generator, device).repeat(events)) / events  # [events * B]
-        n = path.n_events[row]
-        view = path.view(row, torch.minimum((u * n).long(), (n - 1).clamp(min=0)))
-        view.weight = view.weight * (n / events)[:, None]
+        n = path.n_events                                                               # [B]
+        u = stratified(len(n), device=n.device).double()    # float32 would round up to 1
+        u = (torch.arange(events, device=n.device)[:, None] + u) / events       # [events, B]
+        row = torch.arange(len(n), device=n.device).repeat(events)
+        view = path.view(row, (u * n).long().flatten())
+        view.weight = view.weight * (n[row] / events)[:, None]
         return view
 
     def replay(self, model, path, chunk=None):
@@ -259,47 +268,44 @@ class Chain:
 
         total = torch.zeros_like(path.logp).flatten(1)
         for view in path.views(chunk):
-            if torch.is_grad_enabled():
-                logp = checkpoint(score, view, use_reentrant=False, preserve_rng_state=False)
-            else:
-                logp = score(view)
+            logp = checkpoint(score, view, use_reentrant=False, preserve_rng_state=False)
             total = total.index_put((view.row[:, None], view.place), logp, accumulate=True)
         return total.view_as(path.logp)
 
     @torch.no_grad()
-    def correct(self, model, x, t, steps, given=None, generator=None):
+    def correct(self, model, x, t, steps, given=None):
         """`steps` moves of the chain with generator Q_t + reverse Q_t at a fixed time t -> x.
 
         The predictor-corrector of 2205.14987 and the gradient flow of SEPO (2502.01384). With a
         consistent model, one whose conditionals are those of one law, it leaves p_t invariant
         and brings any other law closer to it. Uniformized: a move picks one slot per row, which
-        jumps with probability rate / (largest rate), so there is no discretization error."""
-        t = torch.as_tensor(t, dtype=torch.float, device=x.device).expand(len(x))
-        free = torch.ones_like(x, dtype=torch.float) if given is None else (~given).float()
+        jumps with probability rate / (largest rate): the invariant law is free of discretization."""
+        if given is None:
+            given = torch.zeros_like(x, dtype=torch.bool)
+        t = torch.full((len(x),), t, device=x.device)
         for _ in range(steps):
-            u = torch.rand(x.shape, generator=generator, device=x.device) * free
-            slot = u.argmax(dim=1, keepdim=True)                                        # [B, 1]
-            old = x.gather(1, slot)
+            u = torch.rand(x.shape, device=x.device)
+            slot = (u * ~given).argmax(dim=1, keepdim=True)                             # [B, 1]
             law = self.jump_law(model, x, t, slot)                                      # [B, W]
             stay = (1 - law.sum(dim=1, keepdim=True)).clamp(min=0)
-            log_law = law.scatter(1, old, stay).log()
-            new = (log_law + gumbel_like(law, generator)).argmax(dim=1, keepdim=True)
-            is_free = free.gather(1, slot) > 0          # a row may be given entirely
-            x = x.scatter(1, slot, torch.where(is_free, new, old))
+            law = law.scatter(1, x.gather(1, slot), stay)
+            new = draw(law.log())[:, None]
+            x = torch.where(given, x, x.scatter(1, slot, new))  # a row may be given entirely
         return x
 
-    def sample_corrected(self, model, batch, length, steps, prompt, corrector, generator=None):
+    def sample_corrected(self, model, batch, length, steps, prompt, corrector):
         """Samples are noised again up to time t, corrected there by some moves of `correct`, and
-        drawn anew -> path from t on. corrector: (moves, t)."""
-        moves, t = corrector
+        drawn anew -> path from t on, where slots without a mask count as given. corrector: (moves,
+        t)."""
+        (moves, t), steps = corrector, steps or self.DEFAULT_STEPS
         if steps:
             t = max(1, round(t * steps)) / steps
-        first = self.sample(model, batch, length, steps, prompt, generator)
+        first = self.sample(model, batch, length, steps, prompt)
         x, given = first.tokens, first.given
-        noised = self.corrupt(x, torch.full((batch,), t, device=x.device), generator)
+        noised = self.corrupt(x, torch.full((batch,), t, device=x.device))
         x = torch.where(given, x, noised)
-        x = self.correct(model, x, t, moves, given, generator)
-        path = self.sample(model, batch, length, steps, prompt, generator, start=(x, t))
+        x = self.correct(model, x, t, moves, given)
+        path = self.sample(model, batch, length, steps, prompt, start=(x, t))
         path.before = len(first.visits[0]) + moves * batch
         return path
 
@@ -309,9 +315,6 @@ class Chain:
 class Absorbing(Chain):
     """Masked diffusion: each slot turns into the mask, independently, at a random time (SEDD)."""
 
-    def __init__(self, vocab_size, schedule="linear"):
-        super().__init__(vocab_size, schedule)
-        self.mask = vocab_size
 
     # forward process and training loss
 
@@ -320,23 +323,23 @@ class Absorbing(Chain):
         u = torch.rand(x0.shape, generator=generator, device=x0.device)
         return torch.where(u < self.alpha(t)[:, None], x0, self.mask)
 
-    def noised_view(self, x0, given, generator=None):
+    def noised_view(self, x0, given, generator=None, m=None):
         """x_t ~ q(. | x0) at a random noise level, all masked slots scored -> View.
 
-        E[sum(weight * -log w)] is the likelihood bound: draw m uniform on 1..n of the n free
+        E[sum(weight * -log w)] is the likelihood bound: draw m [B] uniform on 1..n of the n free
         slots, mask m of them at random, and weigh by n / m (any-order form; ARDM, 2110.02037)."""
         time = self.reveal_times(given, generator=generator)
         n = (~given).sum(dim=1)
-        m = 1 + (stratified(len(x0), generator, x0.device) * n).long()                  # [B]
-        t = time.sort(dim=1).values.gather(1, m[:, None].clamp(max=x0.size(1)) - 1)     # [B, 1]
+        if m is None:
+            m = 1 + (stratified(len(x0), generator, x0.device) * n).long()
+        t = time.sort(dim=1).values.gather(1, m[:, None] - 1)                           # [B, 1]
         masked = (time <= t) & ~given                   # the m slots that are revealed last
         row = torch.arange(len(x0), device=x0.device)
-        slots = torch.arange(x0.size(1), device=x0.device).expand_as(x0)
         x = torch.where(masked, self.mask, x0)
-        return View(row, x, t[:, 0].clamp(max=1), slots, x0, (n / m)[:, None] * masked)
+        return View(row, x, t[:, 0].clamp(max=1), None, x0, (n / m)[:, None] * masked)
 
     def losses(self, model, x0, generator=None, given=None):
-        """Denoising score entropy of x0 [B, L] at one random time -> [B], nats.
+        """Denoising score entropy of x0 [B, L] at one random number of masks -> [B], nats.
 
         On the absorbing chain it equals MDLM's weighted cross-entropy (2406.07524)."""
         if given is None:
@@ -354,8 +357,7 @@ class Absorbing(Chain):
         slot cannot change: 0 at its own token, -inf elsewhere."""
         alpha = self.alpha(t)[:, None, None]
         masked = model(x, t).log_softmax(dim=-1) + (alpha / (1 - alpha)).log()
-        own = F.one_hot(x, self.vocab_size + 1)[..., :-1]
-        revealed = torch.zeros_like(masked).masked_fill(own == 0, -math.inf)
+        revealed = F.one_hot(x, self.vocab_size + 1)[..., :-1].log()
         return torch.where((x == self.mask)[..., None], masked, revealed)
 
     def log_law(self, model, view):
@@ -383,11 +385,8 @@ class Absorbing(Chain):
         """Draw sequences -> Path. steps=None: no grid, and no discretization error.
 
         prompt: [L] or [batch, L], the mask where a slot is free. start: a state [batch, L] and its
-        time, in place of nothing but masks at time 1."""
-        device = device_of(model)
-        x, t = start or (torch.full((batch, length), self.mask, device=device), 1.0)
-        if prompt is not None and start is None:
-            x = prompt.to(device).expand(batch, length).clone()
+        time, in place of the prompt at time 1."""
+        x, t = start or (self.template(prompt, batch, length).to(device_of(model)), 1.0)
         time = self.reveal_times(x != self.mask, steps, generator, t)
         return self.reveal(model, x, time, generator)
 
@@ -401,20 +400,15 @@ class Absorbing(Chain):
         same (2409.02908). Rows that are done leave the batch; revealed slots alone reach the
         output head; and a draw is one argmax over logits plus Gumbel noise, without a softmax."""
         path = Path(x.clone(), time, torch.zeros_like(time), self.mask)
-        longest_first = path.n_events.argsort(descending=True)
-        passes = torch.arange(x.size(1), device=x.device)
-        n_rows = (path.n_events[:, None] > passes).sum(dim=0).tolist()  # rows that need pass j
-        for j, n in enumerate(n_rows):
-            if n == 0:
-                break
-            row = longest_first[:n]
-            view = path.view(row, torch.full_like(row, j))
+        n_rows = path.visits[1].bincount().tolist()     # rows with a first event, a second, ...
+        for view in path.views(n_rows):                 # each sees what was revealed before it
             logits = logits_at(model, view.x, view.t, view.slots)                       # [n, k, V]
-            y = (logits + gumbel_like(logits, generator)).argmax(dim=-1)                # [n, k]
+            y = draw(logits, generator)                                                 # [n, k]
             logp = pick(logits.log_softmax(dim=-1), y)
             revealed = view.weight > 0                  # the rest is padding and stays as it was
-            path.tokens[row[:, None], view.slots] = torch.where(revealed, y, view.y)
-            path.logp[row[:, None], view.slots] = torch.where(revealed, logp, view.logp_old)
+            row = view.row[:, None]
+            path.tokens[row, view.slots] = torch.where(revealed, y, view.y)
+            path.logp[row, view.slots] = torch.where(revealed, logp, view.logp_old)
         return path
 
     def jump_law(self, model, x, t, slot):
@@ -423,32 +417,22 @@ class Absorbing(Chain):
         Rates: 1 to the mask, p(v | x) alpha / (1 - alpha) from it; divided by the larger."""
         odds = (self.alpha(t) / (1 - self.alpha(t)))[:, None]                           # [B, 1]
         p = logits_at(model, x, t, slot).squeeze(1).softmax(dim=-1)                     # [B, V]
-        to_token = F.pad(p * odds, (0, 1))
-        to_mask = torch.zeros_like(to_token)
-        to_mask[:, self.mask] = 1
         is_masked = x.gather(1, slot) == self.mask
-        return torch.where(is_masked, to_token, to_mask) / odds.clamp(min=1)
+        rate = torch.cat((torch.where(is_masked, p * odds, 0), ~is_masked), dim=1)
+        return rate / odds.clamp(min=1)
 
-    def freed_view(self, path):
-        """The final samples [B, L] with one slot masked again, for every slot -> View, n = B L."""
+    def slot_laws(self, model, path):
+        """log w of each slot of the final samples, masked again on its own -> [B, L, V]."""
         B, L = path.tokens.shape
-        row = torch.arange(B, device=path.tokens.device).repeat_interleave(L)
-        slots = torch.arange(L, device=row.device).repeat(B)[:, None]                   # [B L, 1]
-        x = path.tokens[row]
-        free = ~path.given[row].gather(1, slots)
-        t = torch.zeros(B * L, device=row.device)
-        return View(row, x.scatter(1, slots, self.mask), t, slots, x.gather(1, slots), free.float())
+        slots = torch.arange(L, device=path.tokens.device).repeat(B)[:, None]           # [B L, 1]
+        x = path.tokens.repeat_interleave(L, dim=0).scatter(1, slots, self.mask)        # [B L, L]
+        logits = logits_at(model, x, torch.zeros(B * L, device=x.device), slots)
+        return logits.clamp(min=LOG_ZERO).log_softmax(dim=-1).view(B, L, -1)
 
-    def terminal_view(self, path, generator=None):
-        """The final samples with one random free slot masked again (t -> 0) -> View."""
-        B, L = path.tokens.shape
-        free = (~path.given).float()
-        u = torch.rand(free.shape, generator=generator, device=free.device)
-        slot = (u * free).argmax(dim=1)                                                 # [B]
-        view = self.freed_view(path)
-        view = view.take(torch.arange(B, device=slot.device) * L + slot)
-        view.weight = view.weight * free.sum(dim=1, keepdim=True)
-        return view
+    def terminal_view(self, path):
+        """The final samples with one random free slot masked again -> View."""
+        one = torch.ones_like(path.tokens[:, 0])
+        return self.noised_view(path.tokens, path.given, m=one)
 
     # exact law
 
@@ -456,10 +440,9 @@ class Absorbing(Chain):
         """Law of `sample` over all V**L sequences, in itertools.product order -> [V**L].
 
         Differentiable. It walks all (V+1)**L partly masked states; with a grid, N times."""
-        device = device_of(model)
-        states = every_sequence(self.vocab_size + 1, length, device)                    # [S, L]
-        start = torch.full((length,), self.mask) if prompt is None else prompt
-        mass = (states == start.to(device)).all(dim=1).float()
+        states = every_sequence(self.vocab_size + 1, length, device_of(model))          # [S, L]
+        start = self.template(prompt, length).to(states.device)
+        mass = (states == start).all(dim=1).float()
         if steps:
             mass = law_on_grid(self, model, mass, states, steps)
         else:
@@ -471,27 +454,23 @@ class Absorbing(Chain):
         V, L = self.vocab_size, states.size(1)
         place = (V + 1) ** torch.arange(L - 1, -1, -1, device=mass.device)  # state -> its index
         change = torch.arange(V, device=mass.device) - V                    # mask -> token v
-        n_masks = (states == V).sum(dim=1)
+        is_masked = states == V
+        p = model(states, None).clamp(min=LOG_ZERO).softmax(dim=-1)                     # [S, L, V]
         for m in range(L, 0, -1):
-            index = ((n_masks == m) & (mass.detach() > 0)).nonzero().squeeze(1)         # [S]
-            if len(index) == 0:
-                continue
-            p = model(states[index], None).softmax(dim=-1)                              # [S, L, V]
-            s, i = (states[index] == V).nonzero(as_tuple=True)                          # [S * m]
-            target = index[s, None] + change * place[i, None]                           # [S * m, V]
-            flow = mass[index][s, None] * p[s, i] / m
+            has_m = is_masked.sum(dim=1, keepdim=True) == m
+            s, i = (is_masked & has_m).nonzero(as_tuple=True)   # m slots of each of these states
+            target = s[:, None] + change * place[i, None]                               # [n, V]
+            flow = mass[s, None] * p[s, i] / m
             mass = mass.index_add(0, target.flatten(), flow.flatten())
         return mass
 
     def kernel(self, model, x, t, s):
         """Law of each slot after a step from t to s -> [B, L, V+1]."""
-        a_t, a_s = self.alpha(t)[:, None, None], self.alpha(s)[:, None, None]
+        a_t, a_s = self.alpha(t)[:, None], self.alpha(s)[:, None]
         chance = (a_s - a_t) / (1 - a_t).clamp(min=2 ** -24)    # that a masked slot is revealed
-        reveal = chance * model(x, t).softmax(dim=-1)
-        stay = (1 - chance).expand(-1, x.size(1), 1)
-        revealed = F.one_hot(x, self.vocab_size + 1).float()
-        is_masked = (x == self.mask)[..., None]
-        return torch.where(is_masked, torch.cat((reveal, stay), dim=-1), revealed)
+        move = (chance * (x == self.mask))[..., None]                                   # [B, L, 1]
+        p = F.pad(model(x, t).clamp(min=LOG_ZERO).softmax(dim=-1), (0, 1))
+        return move * p + (1 - move) * F.one_hot(x, self.vocab_size + 1)
 
 # -----------------------------------------------------------------------------
 # the uniform chain
@@ -526,8 +505,8 @@ class Uniform(Chain):
         The integral over t of sum_{i, v != x_i} (sigma'/V) (s_v - r_v log s_v + r_v (log r_v - 1)),
         with the model's score s and the ratio r of q_t(. | x0). In the noise level m = 1 - alpha,
         sigma' dt = dm / (1 - m). For a network that is not exact the integrand grows as 1 / m,
-        so the integral diverges logarithmically: we cut it at m = CUT. Levels are drawn as m = w^3
-        with w uniform above the cut, since small m has the largest terms."""
+        so the integral diverges logarithmically: we cut it at m = CUT (and just below 1). Levels
+        are drawn as m = w^3 with w uniform above the cut, since small m has the largest terms."""
         low, high = self.CUT ** (1 / 3), 1 - 1e-4
         w = low + (high - low) * stratified(len(x0), generator, x0.device)
         m = w ** 3
@@ -557,73 +536,61 @@ class Uniform(Chain):
         redrawn = log_p.logsumexp(dim=-1, keepdim=True) + ((1 - a) / self.vocab_size).log()
         return torch.logaddexp(redrawn, log_p + a.log())
 
-    def log_kernel(self, logits, x, t, s):
-        """log p(x_s = v | x_t) -> [n, k, V], by Bayes' rule (D3PM, 2107.03006)."""
+    def log_kernel(self, model, x, t, s):
+        """log p(x_s = v | x_t = x) -> [B, L, V], by Bayes' rule (D3PM, 2107.03006)."""
         step = self.transition(x, self.alpha(t) / self.alpha(s))
-        return self.log_ratio(logits, x, t, s) + step.log()
+        return self.log_ratio(model(x, t), x, t, s) + step.log()
 
     def log_score(self, model, x, t):
         """log s(x, t)_{i,v} = log p_t(x with slot i set to v) - log p_t(x) -> [B, L, V]; t > 0."""
         return self.log_ratio(model(x, t), x, t, t)
 
     def log_law(self, model, view):
-        """Slot laws -> [n, k, V]: the sampler's kernel from t to s, or log_softmax(log s) at t."""
-        logits = logits_at(model, view.x, view.t, view.slots)
-        x = view.x.gather(1, view.slots)
+        """Slot laws -> [n, L, V]: the sampler's kernel from t to s, or log_softmax(log s) at t."""
         if view.s is None:
-            return self.log_ratio(logits, x, view.t, view.t).log_softmax(dim=-1)
-        return self.log_kernel(logits, x, view.t, view.s)
+            return self.log_score(model, view.x, view.t).log_softmax(dim=-1)
+        return self.log_kernel(model, view.x, view.t, view.s)
 
     # sampling
 
     @torch.no_grad()
     def sample(self, model, batch, length, steps=None, prompt=None, generator=None, start=None):
         """Draw sequences in N = `steps` passes -> GridPath. prompt, start: see Absorbing."""
-        N, V, device = steps or self.DEFAULT_STEPS, self.vocab_size, device_of(model)
-        noise = torch.randint(V, (batch, length), generator=generator, device=device)
-        x, t = start or (noise, 1.0)
-        given = torch.zeros_like(x, dtype=torch.bool)
-        if prompt is not None:
-            prompt = prompt.to(device).expand(batch, length)
-            given = prompt < V
-            x = torch.where(given, prompt, x)
+        N, device = steps or self.DEFAULT_STEPS, device_of(model)
+        prompt = self.template(prompt, batch, length).to(device)
+        given = prompt != self.mask
+        noise = torch.randint(self.vocab_size, prompt.shape, generator=generator, device=device)
+        x, t = start or (torch.where(given, prompt, noise), 1.0)
+        time = torch.arange(round(t * N), -1, -1, device=device) / N
         states, logps = [x], []
-        for k in range(round(t * N), 0, -1):
-            x, logp = self.step(model, x, given, k / N, (k - 1) / N, generator)
+        for t, s in zip(time[:-1], time[1:]):           # a step of the grid, from t to s
+            t, s = t.expand(batch), s.expand(batch)
+            log_w = self.log_kernel(model, x, t, s)                                     # [B, L, V]
+            x = torch.where(given, x, draw(log_w, generator))
             states.append(x)
-            logps.append(logp)
-        states = torch.stack(states).to(torch.uint8 if V <= 256 else torch.int32)
-        time = torch.arange(len(logps), -1, -1, device=device) / N
-        return GridPath(states, time, torch.stack(logps, dim=1), given)
+            logps.append(pick(log_w, x).masked_fill(given, 0))
+        return GridPath(torch.stack(states), time, torch.stack(logps, dim=1), given)
 
-    def step(self, model, x, given, t, s, generator=None):
-        """One step of the grid, from time t to s -> next state, log-probability of each move."""
-        t = torch.full((len(x),), t, device=x.device)
-        s = torch.full((len(x),), s, device=x.device)
-        log_w = self.log_kernel(model(x, t), x, t, s)                                   # [B, L, V]
-        y = (log_w + gumbel_like(log_w, generator)).argmax(dim=-1)
-        y = torch.where(given, x, y)
-        return y, pick(log_w, y).masked_fill(given, 0)
 
     def jump_law(self, model, x, t, slot):
         """Probability of each letter [B, V] for slot [B, 1] in a corrector move; 0 at its own.
 
-        Rates: 1/V forward plus s_v/V back, divided by their largest possible sum."""
+        Rates: 1/V forward plus s_v/V back, divided by a bound of their sum."""
         token = x.gather(1, slot)
         score = self.log_ratio(logits_at(model, x, t, slot), token, t, t).squeeze(1).exp()
         largest = 1 + 1 / (1 - self.alpha(t))[:, None]
         return ((1 + score) / self.vocab_size / largest).scatter(1, token, 0)
 
-    def freed_view(self, path):
+
+    def terminal_view(self, path):
         """The final samples at a low noise level, every slot scored -> View."""
         x = path.tokens
         row = torch.arange(len(x), device=x.device)
-        slots = torch.arange(x.size(1), device=x.device).expand_as(x)
         t = self.alpha_inverse(torch.full((len(x),), 1 - self.TERMINAL_NOISE, device=x.device))
-        return View(row, x, t, slots, x, (~path.given).float())
+        return View(row, x, t, None, x, (~path.given).float())
 
-    def terminal_view(self, path, generator=None):
-        return self.freed_view(path)
+    def slot_laws(self, model, path):
+        return self.log_law(model, self.terminal_view(path))
 
     # exact law
 
@@ -632,18 +599,15 @@ class Uniform(Chain):
 
         Differentiable. It costs N passes over all sequences."""
         states = every_sequence(self.vocab_size, length, device_of(model))
-        given = torch.zeros(length, dtype=torch.bool, device=states.device)
-        mass = torch.ones(len(states), device=states.device)
-        if prompt is not None:
-            prompt = prompt.to(states.device)
-            given = prompt < self.vocab_size
-            mass = (states == prompt)[:, given].all(dim=1).float()
+        prompt = self.template(prompt, length).to(states.device)
+        given = prompt != self.mask
+        mass = ((states == prompt) | ~given).all(dim=1).float()
         mass = mass / mass.sum()
         return law_on_grid(self, model, mass, states, steps or self.DEFAULT_STEPS, given)
 
     def kernel(self, model, x, t, s):
         """Law of each slot after a step from t to s -> [B, L, V]."""
-        return self.log_kernel(model(x, t), x, t, s).exp()
+        return self.log_kernel(model, x, t, s).exp()
 
 # -----------------------------------------------------------------------------
 # exact laws of small spaces
@@ -657,9 +621,8 @@ def every_sequence(W, length, device=None):
 def law_on_grid(process, model, mass, states, steps, given=None):
     """Push the mass [W**L] of all states through the N steps of the grid -> [W**L]."""
     for k in range(steps, 0, -1):
-        t = torch.full((len(states),), k / steps, device=mass.device)
-        s = torch.full((len(states),), (k - 1) / steps, device=mass.device)
-        kernel = process.kernel(model, states, t, s)                            # [W**L, L, W]
+        step = torch.full_like(mass, k)                 # from t = k / N to s = (k - 1) / N
+        kernel = process.kernel(model, states, step / steps, (step - 1) / steps)    # [W**L, L, W]
         if given is not None:
             frozen = F.one_hot(states, kernel.size(-1)).float()
             kernel = torch.where(given[:, None], frozen, kernel)
@@ -674,6 +637,6 @@ def law_on_grid(process, model, mass, states, steps, given=None):
 def joint_law(kernel):
     """Laws of l independent slots [S, l, W] -> their joint law [S, W**l]."""
     p = kernel.new_ones(len(kernel), 1)
-    for i in range(kernel.size(1)):
-        p = (p[:, :, None] * kernel[:, i, None, :]).flatten(1)
+    for law in kernel.unbind(dim=1):
+        p = (p[:, :, None] * law[:, None]).flatten(1)
     return p

@@ -26,7 +26,7 @@ class Config:
 
 def take(h, slots):
     """The rows of h [B, L, D] at slots [B, k] -> [B, k, D]."""
-    return h.gather(1, slots[..., None].expand(-1, -1, h.size(-1)))
+    return h.take_along_dim(slots[..., None], dim=1)
 
 
 class Block(nn.Module):
@@ -36,7 +36,7 @@ class Block(nn.Module):
         super().__init__()
         D = config.n_embd
         self.n_head = config.n_head
-        self.dropout = config.dropout
+        self.drop = nn.Dropout(config.dropout)
         self.norm1 = nn.LayerNorm(D)
         self.query = nn.Linear(D, D, bias=False)
         self.key_value = nn.Linear(D, 2 * D, bias=False)
@@ -48,9 +48,6 @@ class Block(nn.Module):
     def split_heads(self, h):
         return h.unflatten(-1, (self.n_head, -1)).transpose(1, 2)       # [B, H, L, D / H]
 
-    def drop(self, h):
-        return F.dropout(h, self.dropout, self.training)
-
     def forward(self, x, slots=None):
         """x [B, L, D] -> [B, L, D], or [B, k, D] at slots [B, k] alone: all slots are attended to,
         but queries and the MLP are computed only where somebody reads the result."""
@@ -60,7 +57,7 @@ class Block(nn.Module):
             x, h = take(x, slots), take(h, slots)
         attended = F.scaled_dot_product_attention(
             self.split_heads(self.query(h)), self.split_heads(key), self.split_heads(value),
-            dropout_p=self.dropout if self.training else 0.0)
+            dropout_p=self.drop.p if self.training else 0.0)
         x = x + self.drop(self.out(attended.transpose(1, 2).flatten(2)))
         return x + self.drop(self.down(self.up(self.norm2(x)).relu_()))
 
@@ -74,8 +71,6 @@ class Denoiser(nn.Module):
         super().__init__()
         if config.n_embd % config.n_head or config.n_embd % 2:
             raise ValueError("n_embd must be even and a multiple of n_head")
-        if config.conv and config.conv % 2 == 0:
-            raise ValueError("conv must be odd: it reads as many letters on either side")
         D = config.n_embd
         self.config = config
         self.autocast = None            # torch.bfloat16: the dtype of the blocks' matrix products
@@ -84,7 +79,7 @@ class Denoiser(nn.Module):
         if config.time_conditioning:
             self.time = nn.Sequential(nn.Linear(D, D), nn.SiLU(), nn.Linear(D, D))
         if config.conv:
-            self.conv = nn.Conv1d(D, D, config.conv, padding=config.conv // 2)
+            self.conv = nn.Conv1d(D, D, config.conv, padding="same")
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = nn.LayerNorm(D)
         self.head = nn.Linear(D, config.vocab_size)
@@ -97,9 +92,9 @@ class Denoiser(nn.Module):
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
         if isinstance(module, Block):                   # the residual stream keeps its scale at
-            depth = math.sqrt(2 * self.config.n_layer)  # any depth, as in GPT-2
-            nn.init.normal_(module.out.weight, std=0.02 / depth)
-            nn.init.normal_(module.down.weight, std=0.02 / depth)
+            std = 0.02 / math.sqrt(2 * self.config.n_layer)         # any depth, as in GPT-2
+            nn.init.normal_(module.out.weight, std=std)
+            nn.init.normal_(module.down.weight, std=std)
 
     def embed(self, x, t):
         """Tokens [B, L] and times [B] -> [B, L, D]."""

@@ -91,8 +91,8 @@ class Task:
     def check(self, string, where, letters=None, hint=""):
         """Raises BadInput if the string has a letter that is not among `letters`."""
         for c in set(string).difference(letters or self.alphabet):
-            place = string.index(c) + 1
-            raise BadInput(f"{c!r} at position {place} of {where} is not in {self.alphabet!r}{hint}")
+            place = f"position {string.index(c) + 1} of {where}"
+            raise BadInput(f"{c!r} at {place} is not in {self.alphabet!r}{hint}")
 
 # -----------------------------------------------------------------------------
 # asking a reward

@@ -11,7 +11,7 @@ PRDP; the exact optimum of small spaces.
 """
 import torch
 
-from diffusion import every_sequence, logits_at, pick
+from diffusion import device_of, every_sequence, logits_at, pick
 
 REPLAY = 4          # passes per state of a replay: forward, recomputed forward, backward (two)
 
@@ -29,9 +29,8 @@ class Baseline:
         """Fold in a rollout (tensors of any shape), after its advantages were taken."""
         self.weight = self.decay * self.weight + 1 - self.decay
         rate = (1 - self.decay) / self.weight           # 1 at first: no bias towards the zeros
-        self.mean += rate * (returns.double().mean().item() - self.mean)
-        spread = rewards.double().var(correction=0).item()      # within the rollout
-        self.variance += rate * (spread - self.variance)
+        self.mean += rate * (returns.mean().item() - self.mean)
+        self.variance += rate * (rewards.var(correction=0).item() - self.variance)
 
     def state_dict(self):
         return dict(vars(self))
@@ -53,16 +52,16 @@ def advantages(returns, kind="grpo", baseline=None, scale=None):
     returns themselves.
     With grpo, dr_grpo and loo the only sample of a group gets 0, and so do equal returns. Before
     the first update of the baseline m is the mean of this rollout."""
-    origin = returns.flatten()[0].double()
-    shifted = returns.double() - origin                 # equal returns become exactly 0
-    if kind in ("ppo", "running"):
-        empty = baseline is None or baseline.weight == 0
-        mean = shifted.mean() if empty else baseline.mean - origin
-    elif kind in ("grpo", "dr_grpo", "loo"):
-        mean = shifted.mean(dim=1, keepdim=True)                                        # [P, 1]
-    else:
+    returns = returns.double()
+    if kind in ("grpo", "dr_grpo", "loo"):
+        mean = returns.mean(dim=1, keepdim=True)                                        # [P, 1]
+    elif kind not in ("ppo", "running"):
         raise ValueError(f"unknown advantage {kind!r}: grpo, dr_grpo, loo, ppo or running")
-    centred = shifted - mean
+    elif baseline is None or baseline.weight == 0:
+        mean = returns.mean()
+    else:
+        mean = baseline.mean
+    centred = returns - mean
     if kind == "loo":
         G = returns.size(1)
         centred = centred * (G / max(1, G - 1))
@@ -74,19 +73,22 @@ def reward_scale(rewards, kind, baseline=None, beta=0.0):
     """What advantages are divided by: a float64 scalar, 1 for kinds that are not standardized.
 
     It is the deviation of the rewards around their group means (grpo; pooled over the rollout) or
-    over the run (ppo), plus beta for the KL, which has deviations of about 1 nat:
+    within rollouts (ppo; a running mean), plus beta for the KL, which deviates by about 1 nat:
     sqrt(deviation^2 + beta^2). Were the *returns* standardized, a group of equal rewards would
     get advantages of size 1 made of its KL alone, whatever beta. GRPO divides each group by its
     own deviation, which weighs prompts unequally; one scale per rollout keeps the objective."""
+    rewards = rewards.double()
     if kind not in ("grpo", "ppo"):
-        return torch.ones((), dtype=torch.double, device=rewards.device)
-    shifted = rewards.double() - rewards.flatten()[0]
-    deviation = (shifted - shifted.mean(dim=1, keepdim=True)).square().mean().sqrt()
-    if kind == "ppo":
-        deviation = (shifted - shifted.mean()).square().mean().sqrt()
-        if baseline is not None and baseline.weight > 0:
-            deviation = deviation.new_tensor(baseline.variance).sqrt()
-    return (deviation ** 2 + beta ** 2).sqrt()
+        return torch.ones_like(rewards[0, 0])
+    if kind == "grpo":
+        variance = rewards.var(dim=1, correction=0).mean()
+    elif baseline is None or baseline.weight == 0:
+        variance = rewards.var(correction=0)
+    else:
+        variance = rewards.new_tensor(baseline.variance)
+    scale = (variance + beta ** 2).sqrt()
+    rounding = 1e-14 * rewards.abs().max()              # float64: a smaller deviation is none
+    return torch.where(scale > rounding, scale, 0.0)
 
 
 def regularised(rewards, log_ratio, beta):
@@ -99,7 +101,7 @@ def regularised(rewards, log_ratio, beta):
 # -----------------------------------------------------------------------------
 # SEPO
 
-def draw_view(process, path, states, events=1, generator=None):
+def draw_view(process, path, states, events=1):
     """The states at which concrete scores are taken, one forward pass per view:
 
     path      a state that the sampler visited, and the slots that it revealed there
@@ -108,11 +110,11 @@ def draw_view(process, path, states, events=1, generator=None):
     (The fourth choice of --states, the published estimator, is `neighbours_loss`.)
     """
     if states == "path":
-        return process.path_view(path, events, generator)
+        return process.path_view(path, events)
     if states == "noised":
-        return process.noised_view(path.tokens, path.given, generator)
+        return process.noised_view(path.tokens, path.given)
     if states == "terminal":
-        return process.terminal_view(path, generator)
+        return process.terminal_view(path)
     raise ValueError(f"unknown states {states!r}: path, noised or terminal")
 
 
@@ -122,9 +124,9 @@ def surrogate(log_ratio, A, clip, mode="stop"):
     stop  PPO's min(r A, clip(r) A) (1707.06347): no gradient where the clip is active.
     cap   the same number as a detached coefficient of the log-probability (SEPO's own loss): for
           A > 0 the gradient is capped, and it never stops. CISPO (2506.13585) caps both signs."""
-    ratio = log_ratio.exp()
+    ratio = log_ratio.clamp(-20, 20).exp()
     clipped = ratio.clamp(1 - clip, 1 + clip) * A
-    active = (ratio * A > clipped).detach()
+    active = ratio * A > clipped
     smaller = torch.minimum(ratio * A, clipped)
     return smaller.detach() * log_ratio if mode == "cap" else smaller, active
 
@@ -153,9 +155,9 @@ def sepo_loss(process, model, path, advantages, states="path", clip=0.2, clip_mo
 
     advantages: [B]. view: the scored states; None draws them here, with theta as theta_old.
     consistency: weight of log w of own samples; on noised states that is the likelihood bound, and
-    holds it tight (DiPOD, 2606.13795). entropy: weight
-    of the entropy of the slot laws, nats. reference, beta: KL(w || w_reference) in closed form,
-    nats, and its weight. Losses of the parts of a view (view.split) add up to its loss."""
+    holds it tight (DiPOD, 2606.13795). entropy: weight of the entropy of the slot laws, nats.
+    reference, beta: KL(w || w_reference) in closed form, nats, and its weight. Losses of the parts
+    of a view (view.split) add up to its loss."""
     view = draw_view(process, path, states) if view is None else view
     log_w = process.log_law(model, view)                                                # [n, k, V]
     logp = pick(log_w, view.y)                                                          # [n, k]
@@ -180,17 +182,18 @@ def sepo_loss(process, model, path, advantages, states="path", clip=0.2, clip_mo
 
 def neighbours(process, model, path, exact=False, steps=None, M=2):
     """What the estimator needs of a model, at the final samples x [B, L]
-    -> log s(x)_y [B, L, V], p(y) [B, L, V] without gradient, states through the network.
+    -> log s(x)_y [B, L, V], p(y) [B, L, V] without gradient, states through the network (of the
+    absorbing chain; the exact law's do not count).
 
     y is x with slot i set to v. s is the ratio of the slot laws at t -> 0. p(y): with `exact` the
-    law of the sampler (small spaces; steps: its grid); else by self-normalized importance sampling
-    as in the paper: M sequences z ~ pi(. | y) from the network's slot laws at y, weighed by
-    pi(z) / pi(z | y) with pi(z) ~ 1 / pi(z | z), all factors at the slot that was changed. As in
+    law of the sampler (small spaces, no prompt; steps: its grid); else by self-normalized
+    importance sampling as in the paper: M sequences z ~ pi(. | y) from the network's slot laws at
+    y, weighed by pi(z) / pi(z | y) with pi(z) ~ 1 / pi(z | z), all factors at the slot that was changed. As in
     the authors' code the mean is over pi(z | y), where the identity has pi(y | z), and a masked
     model is read at slots that are not masked, which its training leaves untouched."""
     x, V = path.tokens, process.vocab_size
     B, L = x.shape
-    log_w = process.log_law(model, process.freed_view(path)).view(B, L, V)
+    log_w = process.slot_laws(model, path)                                              # [B, L, V]
     log_s = log_w - pick(log_w, x)[..., None]
     slot = torch.arange(L, device=x.device)
     y = x[:, None, None].repeat(1, L, V, 1)                                     # [B, L, V, L]
@@ -199,42 +202,38 @@ def neighbours(process, model, path, exact=False, steps=None, M=2):
         if exact:
             law = process.exact_law(model, L, steps)
             place = V ** torch.arange(L - 1, -1, -1, device=x.device)
-            return log_s, law[(y * place).sum(dim=-1)], B * L + (V + 1) ** L
-        time = torch.zeros(B * L * V, device=x.device)
-        pi = model(y.view(-1, L), time).softmax(dim=-1)                           # [BLV, L, V]
-        z = torch.multinomial(pi.flatten(0, 1), M, replacement=True)              # [BLV * L, M]
-        z = z.view(-1, L, M).transpose(1, 2)                                      # [BLV, M, L]
-        rows, slots = torch.arange(len(z), device=x.device), slot.repeat_interleave(V).repeat(B)
-        z_i = z[rows, :, slots]                                 # at the changed slot: [BLV, M]
-        given_y = pi[rows, slots].gather(1, z_i)                                  # pi(z | y)
-        at_z = logits_at(model, z.reshape(-1, L), time.repeat_interleave(M),
-                         slots.repeat_interleave(M)[:, None])                     # [BLVM, 1, V]
-        given_z = pick(at_z.softmax(dim=-1), z_i.reshape(-1, 1)).view(-1, M)      # pi(z | z)
-        weight = (-(given_z * given_y).clamp(min=1e-30).log()).softmax(dim=1)     # ~ 1 / product
-        p = (weight * given_y).sum(dim=1).view(B, L, V)
-    return log_s, p, B * L * (1 + V + M * V)
+            return log_s, law[(y * place).sum(dim=-1)], B * L
+        y = y.view(-1, L)                                                               # [n, L]
+        pi = model(y, torch.zeros(len(y), device=x.device)).softmax(dim=-1)             # [n, L, V]
+        z = torch.multinomial(pi.flatten(0, 1), M, replacement=True)                    # [n L, M]
+        z = z.view(-1, L, M).transpose(1, 2).reshape(-1, L)                             # [n M, L]
+        slots = slot.repeat_interleave(V * M).repeat(B)[:, None]    # the changed slot: [n M, 1]
+        at_z = logits_at(model, z, torch.zeros(len(z), device=x.device), slots)
+        given_z = pick(at_z.softmax(dim=-1), z.gather(1, slots))                        # pi(z | z)
+        given_y = pick(pi.repeat_interleave(M, dim=0), z).gather(1, slots)              # pi(z | y)
+        weight = 1 / (given_z * given_y).clamp(min=1e-30).view(-1, M)
+        p = (weight * given_y.view(-1, M)).sum(dim=1) / weight.sum(dim=1)
+    return log_s, p.view(B, L, V), B * L * (1 + V + M * V)
 
 
 def neighbours_loss(process, model, path, advantages, old, clip=0.2, exact=False, steps=None):
     """The published loss (SEPO, 2502.01384) -> (loss, stats); old: `neighbours` of the policy that
     drew the path.
 
-    E_x[sum_{y != x} p(y) min(r A, clip(r) A) log s(x)_y] with r = (p/p_old)(s_old/s), all but log s
-    detached. The identity behind it sums over all sequences y; restricted to those that differ in
-    one slot it is biased, and what tells `path` from it is that a line is conditioned on. With
-    p(y) by sampling the ratio is noisy, so that the clip is active at theta_old already."""
+    Its gradient is that of E_x[sum_{y != x} p(y) min(r A, clip(r) A) log s(x)_y] with all but log s
+    detached: the capped surrogate of r = (p/p_old)(s_old/s), which depends on theta as -log s does.
+    The identity behind it sums over all sequences y; over those that differ in one slot it is
+    biased. `path` differs in that it conditions on a line. With p(y) by sampling the ratio is
+    noisy, so that the clip is active at theta_old already."""
     log_s_old, p_old, _ = old
     log_s, p, passes = neighbours(process, model, path, exact, steps)
     log_ratio = p.clamp(min=1e-30).log() - p_old.clamp(min=1e-30).log() + log_s_old - log_s
-    ratio = log_ratio.clamp(-20, 20).exp()
-    A = advantages[:, None, None]
-    capped = ratio.clamp(1 - clip, 1 + clip) * A
-    coefficient = p * torch.minimum(ratio * A, capped)
+    objective, active = surrogate(log_ratio, advantages[:, None, None], clip, mode="cap")
     is_other = torch.arange(log_s.size(-1), device=p.device) != path.tokens[..., None]
-    is_other = is_other & ~path.given[..., None]
-    loss = (coefficient.detach() * log_s * is_other).sum() / len(path.tokens)
+    weight = p * (is_other & ~path.given[..., None])
+    loss = -(weight * objective).sum() / len(path.tokens)
     extra = 2 * path.tokens.numel()                     # the backward pass through log s
-    return loss, stats_of(ratio * A > capped, is_other, passes + extra)
+    return loss, stats_of(active, weight, passes + extra)
 
 # -----------------------------------------------------------------------------
 # LOOP, REINFORCE, PRDP
@@ -290,18 +289,16 @@ class Exact:
 
     def __init__(self, process, reference, reward, length, beta, steps=None):
         """reward: the black box, tokens [V**L, L] -> float [V**L]; asked once."""
-        self.process, self.length, self.beta, self.steps = process, length, beta, steps
-        device = next(reference.parameters()).device
+        self.process, self.length, self.steps = process, length, steps
+        self.beta = max(beta, 1e-9)                     # at 0 the optimum is the largest reward
+        device = device_of(reference)
         self.reward = reward(every_sequence(process.vocab_size, length, device)).double()
         p_ref = self.law(reference)
         self.log_ref = p_ref.log()                      # -inf for what it never draws
         self.value_ref = (p_ref * self.reward).sum().item()
-        if beta:
-            tilted = self.log_ref + self.reward / beta
-            self.optimum = beta * tilted.logsumexp(dim=0).item()
-            self.best_reward = (tilted.softmax(dim=0) * self.reward).sum().item()
-        else:
-            self.optimum = self.best_reward = self.reward[p_ref > 0].max().item()
+        tilted = self.log_ref + self.reward / self.beta
+        self.optimum = self.beta * tilted.logsumexp(dim=0).item()
+        self.best_reward = (tilted.softmax(dim=0) * self.reward).sum().item()
 
     @torch.no_grad()
     def law(self, model):

@@ -19,7 +19,7 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 import sepo  # noqa: E402
-from diffusion import Absorbing, gumbel_like  # noqa: E402
+from diffusion import Absorbing, draw  # noqa: E402
 from model import Config, Denoiser  # noqa: E402
 
 SMALL, LARGE = dict(n_layer=4, n_head=4, n_embd=128), dict(n_layer=8, n_head=8, n_embd=512)
@@ -36,7 +36,7 @@ def ancestral(process, model, B, L, N, steps):
     x = torch.full((B, L), process.mask, device=device)
     for k in range(N, N - steps, -1):
         p = model(x, torch.full((B,), k / N, device=device)).softmax(dim=-1)            # [B, L, V]
-        y = (p.log() + gumbel_like(p)).argmax(dim=-1)
+        y = draw(p.log())
         now = torch.rand(x.shape, device=device) < 1 / k
         x = torch.where((x == process.mask) & now, y, x)
 

@@ -5,7 +5,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from diffusion import GridPath, Path
+from diffusion import Absorbing, GridPath, Path
 from model import Config, Denoiser
 
 
@@ -49,7 +49,8 @@ def posterior_table(p0, V, L):
     x, states = sequences(V, L), sequences(V + 1, L)
     fits = ((states[:, None] == V) | (states[:, None] == x)).all(dim=-1).double()   # [S, V^L]
     joint = torch.einsum("sx,x,xiv->siv", fits, p0.double(), F.one_hot(x, V).double())
-    return Table(V, L, (joint / joint.sum(-1, keepdim=True)).clamp(min=1e-30).log().float())
+    p = (joint / joint.sum(-1, keepdim=True)).nan_to_num(1 / V)     # of impossible states: any law
+    return Table(V, L, p.clamp(min=1e-30).log().float())
 
 
 class Posterior(torch.nn.Module):
@@ -125,7 +126,7 @@ def every_path(process, model, L, steps=None, prompt=None):
     V = process.vocab_size
     prompt = torch.full((L,), V) if prompt is None else prompt
     free = [i for i in range(L) if prompt[i] == V]
-    if hasattr(process, "mask"):
+    if isinstance(process, Absorbing):
         if steps:
             alpha = process.alpha(torch.arange(steps + 1) / steps)
             chance = alpha[:-1] - alpha[1:]             # of a reveal at time (k + 1) / N
@@ -151,7 +152,7 @@ def every_path(process, model, L, steps=None, prompt=None):
         index = torch.tensor(list(itertools.product(range(len(states)), repeat=steps + 1)))
         B = len(index)
         time = torch.arange(steps, -1, -1) / steps
-        path = GridPath(states[index].transpose(0, 1).to(torch.uint8), time,
+        path = GridPath(states[index].transpose(0, 1), time,
                         torch.zeros(B, steps, L), given.expand(B, L))
         other = torch.full((B,), -math.log(len(states)))
     with torch.no_grad():

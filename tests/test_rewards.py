@@ -296,7 +296,7 @@ def test_windows_of_a_genome_avoid_ambiguous_letters(tmp_path):
     task = open_task("dna", 8, file, crop=True)
     drawn = set(task.decode(task.data(2000)))
     assert drawn and all(s in left or s in right for s in drawn)
-    with pytest.raises(BadInput, match="'[NR]' at position 10[16] of .*line 1 is not .*--crop avoids N"):
+    with pytest.raises(BadInput, match="'[NR]' at position 10[16] of .*line 1 is not .*avoids N"):
         open_task("dna", 206, file)
 
 

@@ -234,7 +234,7 @@ def test_bias_of_noised_and_terminal_for_an_inconsistent_model():
 
 
 def test_the_published_estimator_is_its_formula_written_out():
-    """Exact p(y), away from the old policy, so that clips are active; on three slots of two."""
+    """Its gradient, with exact p(y) and active clips; on three slots of two letters."""
     process, model, old_model = Absorbing(2), Table(2, 3), Table(2, 3, seed=1)
     torch.manual_seed(4)
     path, A = process.sample(old_model, 6, 3), torch.randn(6)
@@ -253,7 +253,6 @@ def test_the_published_estimator_is_its_formula_written_out():
             smaller = torch.minimum(r * a, r.clamp(0.8, 1.2) * a)
             active.append(bool(r * a > smaller))
             total = total + p_new[place] * smaller.detach() * log_s / 6
-    assert loss.item() == pytest.approx(total.item(), abs=1e-6)
     assert close(gradient(loss, model), gradient(total, model))
     assert stats["clip_fraction"].item() == pytest.approx(sum(active) / 18) and 0 < sum(active) < 18
 
