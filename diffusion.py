@@ -279,7 +279,7 @@ class Chain:
         The predictor-corrector of 2205.14987 and the gradient flow of SEPO (2502.01384). With a
         consistent model, one whose conditionals are those of one law, it leaves p_t invariant
         and brings any other law closer to it. Uniformized: a move picks one slot per row, which
-        jumps with probability rate / (largest rate): the invariant law is free of discretization."""
+        jumps with probability rate / (largest rate); the invariant law has no step error."""
         if given is None:
             given = torch.zeros_like(x, dtype=torch.bool)
         t = torch.full((len(x),), t, device=x.device)

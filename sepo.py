@@ -188,9 +188,9 @@ def neighbours(process, model, path, exact=False, steps=None, M=2):
     y is x with slot i set to v. s is the ratio of the slot laws at t -> 0. p(y): with `exact` the
     law of the sampler (small spaces, no prompt; steps: its grid); else by self-normalized
     importance sampling as in the paper: M sequences z ~ pi(. | y) from the network's slot laws at
-    y, weighed by pi(z) / pi(z | y) with pi(z) ~ 1 / pi(z | z), all factors at the slot that was changed. As in
-    the authors' code the mean is over pi(z | y), where the identity has pi(y | z), and a masked
-    model is read at slots that are not masked, which its training leaves untouched."""
+    y, weighed by pi(z) / pi(z | y) with pi(z) ~ 1 / pi(z | z), all factors at the slot that was
+    changed. As in the authors' code the mean is over pi(z | y), where the identity has pi(y | z),
+    and a masked model is read at slots that are not masked, which its training leaves untouched."""
     x, V = path.tokens, process.vocab_size
     B, L = x.shape
     log_w = process.slot_laws(model, path)                                              # [B, L, V]
