@@ -301,6 +301,8 @@ class Chain:
         if steps:
             t = max(1, round(t * steps)) / steps
         first = self.sample(model, batch, length, steps, prompt)
+        if not moves:
+            return first
         x, given = first.tokens, first.given
         noised = self.corrupt(x, torch.full((batch,), t, device=x.device))
         x = torch.where(given, x, noised)

@@ -15,6 +15,7 @@ import sys
 import traceback
 import zlib
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from pydoc_data import topics
 from typing import Callable
@@ -24,15 +25,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 
-AMBIGUOUS = re.compile("[NRYSWKMBDHV]+")    # IUPAC letters for more than one nucleotide
-
-
 class BadInput(ValueError):
     """What the user gave cannot be used. One line: what is wrong, where, and what to do."""
 
 
-def no_columns(data):
-    return lambda tokens, rewards: {}
+def no_columns(tokens):
+    return {}
 
 
 @dataclass
@@ -44,7 +42,7 @@ class Task:
     reward: Callable                    # tokens [B, L] -> [B]: a black box, no gradient
     given: Callable | None = None       # clean tokens [n, L] -> bool [n, L]: slots of the prompt
     held: Callable | None = None        # like data, of sequences that data never gives
-    measure: Callable = no_columns      # data -> (tokens [B, L], rewards [B]) -> {column: number}
+    measure: Callable = no_columns      # tokens [B, L] -> {column: number} of the report
     oracle: nn.Module | None = None     # a network in the reward; a run calls oracle.fit(data)
     make: Callable | None = None        # (length, text of the data) -> this task in another size
     is_text: bool = False               # a file of data is one running text, not lines
@@ -77,22 +75,21 @@ class Task:
 
     def samples(self, tokens):
         """Tokens [B, L] -> B strings without pads, as a reward or a reader wants them."""
-        strings = self.decode(tokens)
-        return [s.replace(self.pad, "") for s in strings] if self.pad else strings
+        return [string.replace(self.pad, "") for string in self.decode(tokens)]
 
     def encode(self, strings):
         """Strings of one length -> tokens [B, L]; `blank` is the mask. Raises BadInput."""
         letters = self.alphabet + self.blank
         for string in strings:
             self.check(string, repr(string), letters)
-        token = {letter: v for v, letter in enumerate(letters)}
-        return torch.tensor([[token[c] for c in string] for string in strings])
+        return torch.tensor([[letters.index(c) for c in string] for string in strings])
 
     def check(self, string, where, letters=None, hint=""):
         """Raises BadInput if the string has a letter that is not among `letters`."""
-        for c in set(string).difference(letters or self.alphabet):
-            place = f"position {string.index(c) + 1} of {where}"
-            raise BadInput(f"{c!r} at {place} is not in {self.alphabet!r}{hint}")
+        for i, c in enumerate(string, 1):
+            if c not in (letters or self.alphabet):
+                raise BadInput(f"{c!r} at position {i} of {where} is not in {self.alphabet!r}"
+                               f"{hint}")
 
 # -----------------------------------------------------------------------------
 # asking a reward
@@ -101,10 +98,10 @@ def ask(task, tokens):
     """The task's reward of tokens [B, L] -> float64 [B] on their device; raises BadInput."""
     try:
         values = task.reward(tokens)
-        if isinstance(values, torch.Tensor):
+        if hasattr(values, "tolist"):                   # of torch or numpy
             values = values.tolist()
         elif hasattr(values, "__iter__"):
-            values = list(values)
+            values = [v.item() if hasattr(v, "item") else v for v in values]
     except Exception as error:
         raise BadInput(f"the reward raised {in_user_code(error)}, asked for {len(tokens)} samples "
                        f"from {task.samples(tokens[:1])[0]!r} on") from error
@@ -112,26 +109,18 @@ def ask(task, tokens):
         raise BadInput(f"the reward returned {values!r}: it must return one number per sample")
     if len(values) != len(tokens):
         raise BadInput(f"the reward returned {len(values)} values for {len(tokens)} samples")
-    values = [number(task, tokens, i, value) for i, value in enumerate(values)]
+    for i, value in enumerate(values):
+        if not isinstance(value, (int, float)) or not math.isfinite(value):
+            sample = task.samples(tokens[i:i + 1])[0]
+            raise BadInput(f"the reward of sample {i}, {sample!r}, is {value!r}: "
+                           "a finite number is needed")
     return torch.tensor(values, dtype=torch.double, device=tokens.device)
-
-
-def number(task, tokens, i, value):
-    """The reward of sample i as a finite float, or BadInput that names the sample."""
-    try:
-        value = float(value)
-        if math.isfinite(value) and not isinstance(value, str):
-            return value
-    except (TypeError, ValueError):
-        pass
-    sample = task.samples(tokens[i:i + 1])[0]
-    raise BadInput(f"the reward of sample {i}, {sample!r}, is {value!r}: a finite number is needed")
 
 
 def in_user_code(error):
     """An exception in one line, with the innermost line of code that is not a library's."""
     frames = traceback.extract_tb(error.__traceback__)
-    own = [f for f in frames if "/lib/" not in f.filename and f.filename[0] != "<"]
+    own = [f for f in frames if "/lib/python" not in f.filename and f.filename[0] != "<"]
     place = (own or frames)[-1]
     text = " ".join(str(error).split())[:300]
     return f"{type(error).__name__}: {text} in {Path(place.filename).name} line {place.lineno}"
@@ -148,47 +137,33 @@ def is_held_out(x):
 
 def split(draw, is_held=is_held_out):
     """draw(n, generator) -> [n, L] is split into (data, held), which never give the same."""
-    def only(wanted):
-        def draw_side(n, generator=None):
-            parts, missing = [], n
-            while missing > 0:
-                x = draw(n + 20, generator)
-                parts.append(x[is_held(x) == wanted][:missing])
-                missing -= len(parts[-1])
-            return torch.cat(parts)
-        return draw_side
-    return only(False), only(True)
+    def side(wanted, n, generator=None):
+        parts = []
+        while sum(map(len, parts)) < n:
+            x = draw(n + 20, generator)
+            parts.append(x[is_held(x) == wanted])
+        return torch.cat(parts)[:n]
+    return partial(side, False), partial(side, True)
 
 
 def windows(texts, length):
-    """Texts of tokens -> (data, held): windows [n, length] at random places of them.
+    """Texts of tokens -> (data, held): windows [n, length], each of them equally likely.
 
-    Held out is the last twentieth of every text that is long enough for that; if none is, one
-    text in twenty. No window of one side overlaps one of the other."""
-    late = [len(text) // 20 if len(text) // 20 >= length else 0 for text in texts]
-    if not any(late):
-        late = [len(text) if i % 20 == 19 else 0 for i, text in enumerate(texts)]
-    early = [text[:len(text) - n] for text, n in zip(texts, late)]
-    end = [text[len(text) - n:] for text, n in zip(texts, late)]
-    return windows_of(early, length), windows_of(end, length)
-
-
-def windows_of(texts, length):
-    """-> draw(n, generator): every window equally likely; None if there is none."""
+    Held out is the last twentieth of all windows, less those that overlap one of the others."""
     texts = [text for text in texts if len(text) >= length]
     if not texts:
-        return None
-    letters = torch.cat(texts)
-    n_windows = torch.tensor([len(text) - length + 1 for text in texts])
-    last = n_windows.cumsum(0)
-    step = torch.arange(length)
+        raise BadInput(f"no sequence has {length} letters, the length of a window")
+    window = torch.cat(texts).unfold(0, length, 1)      # a view; some windows lie in two texts
+    owner = torch.cat([torch.full((len(text),), i) for i, text in enumerate(texts)])
+    start = (owner[:len(window)] == owner[length - 1:]).nonzero().squeeze(1)
+    train, test = start.split([len(start) - len(start) // 20, len(start) // 20])
+    test = test[test >= train[-1] + length]
 
-    def draw(n, generator=None):
-        u = torch.randint(int(last[-1]), (n,), generator=generator)
-        text = torch.searchsorted(last, u, right=True)
-        start = u + text * (length - 1)                 # a text of m windows has m + L - 1 letters
-        return letters[start[:, None] + step].long()
-    return draw
+    def draw_from(start):
+        def draw(n, generator=None):
+            return window[start[torch.randint(len(start), (n,), generator=generator)]]
+        return draw
+    return draw_from(train), draw_from(test) if len(test) else None
 
 # -----------------------------------------------------------------------------
 # the user's own data and reward
@@ -207,18 +182,16 @@ def open_task(name, length=0, data="", pad="", crop=False, lines=False, reward="
     if length and length != task.length and task.make is None:
         raise BadInput(f"--length={length}: --task={name} has {task.length} slots")
     as_text = task.is_text and not (pad or lines)
-    records = read_records(data, as_text) if data else []
+    sequences = read_sequences(data, as_text) if data else []
     if task.make:
-        text = "\n".join(letters for _, letters in records) if task.is_text else ""
-        task = task.make(length or task.length, text)
+        task = task.make(length or task.length, "\n".join(sequences))
     if data:
-        use_data(task, records, data, pad, crop or as_text)
+        use_data(task, sequences, data, pad, crop or as_text)
     if reward:
         score, measure = load_reward(reward)
         task.reward = lambda tokens: score(task.samples(tokens))
-        task.oracle, task.measure = None, no_columns
-        if measure:
-            task.measure = lambda data: lambda tokens, rewards: columns_of(task, measure, tokens)
+        task.measure = lambda tokens: columns_of(task, measure, tokens)
+        task.oracle = None
     return task
 
 
@@ -230,68 +203,59 @@ def columns_of(task, measure, tokens):
         raise BadInput(f"measure must return a number per column: {in_user_code(error)}") from error
 
 
-def read_records(file, as_text=False):
+def read_sequences(file, as_text=False):
     """A file of FASTA, of one sequence per line, or of one running text; perhaps gzipped
-    -> [(line number, letters)]."""
+    -> its sequences, list[str]."""
     opened = gzip.open if file.endswith(".gz") else open
     try:
         with opened(file, "rt", encoding="utf-8-sig") as f:
-            lines = [line.strip() for line in f.read().rstrip().splitlines()]
+            content = f.read().strip()
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise BadInput(f"--data={file} cannot be read as text: {error}") from None
-    if not lines:
+    if not content:
         raise BadInput(f"--data={file} is empty")
-    if lines[0].startswith(">"):
-        heads = [i for i, line in enumerate(lines) if line.startswith(">")]
-        ends = heads[1:] + [len(lines)]
-        return [(head + 1, "".join(lines[head + 1:end])) for head, end in zip(heads, ends)]
+    if content.startswith(">"):
+        records = content[1:].split("\n>")              # the first line of each is its name
+        return ["".join(record.partition("\n")[2].split()) for record in records]
+    lines = [line.strip() for line in content.splitlines()]
     if not as_text:
-        return list(enumerate(lines, 1))
+        return lines
     if len(lines) >= 20 and not any(" " in line for line in lines):
         raise BadInput(f"--data={file} looks like a list of sequences, not a running text: add "
                        "--lines, and --pad=- if their lengths differ")
-    return [(1, " ".join(" ".join(lines).split()))]
+    return [" ".join(content.split())]
 
 
-def use_data(task, records, file, pad, crop):
-    """Let the task draw its data from the records of a file."""
+def use_data(task, sequences, file, pad, crop):
+    """Let the task draw its data from the sequences of a file."""
     if task.alphabet.isupper():                         # a genome's lower case marks repeats
-        records = [(line, letters.upper()) for line, letters in records]
+        sequences = [s.upper() for s in sequences]
     if pad:
-        if pad in task.alphabet or any(pad in letters for _, letters in records):
+        if pad in task.alphabet or any(pad in s for s in sequences):
             raise BadInput(f"--pad={pad} is a letter of {file} or of the task: choose another")
         task.alphabet, task.pad = task.alphabet + pad, pad
-    if crop:
-        records = uncut(task, records, file)
-    for line, letters in records:
-        n, where = len(letters), f"the sequence at {file} line {line}"
-        task.check(letters, where, hint=": --data is FASTA or one sequence per line, and --crop "
-                   "avoids N and other ambiguous letters")
-        if n == 0 or n < task.length and not pad:
-            raise BadInput(f"{where} has {n} letters, fewer than the {task.length} slots: fill up "
-                           "with --pad=-, choose a smaller --length, or skip it with --crop")
-        if n > task.length and not crop:
-            raise BadInput(f"{where} has {n} letters, more than the {task.length} slots: cut "
-                           f"windows with --crop, or choose --length={n}")
-    x = [task.encode([letters.ljust(task.length, pad or " ")])[0] for _, letters in records]
-    x = [row.to(torch.int16) for row in x]              # a genome is long
+    if crop:                                            # windows avoid letters such as N
+        known = re.compile(f"[{re.escape(task.alphabet)}]+")
+        sequences = [piece for s in sequences for piece in known.findall(s)]
+    else:
+        for i, s in enumerate(sequences, 1):
+            check_sequence(task, s, f"sequence {i} of {file}")
+    if pad:
+        sequences = [s.ljust(task.length, pad) for s in sequences]
+    x = [task.encode([s])[0] for s in sequences]
     if crop:
         task.data, task.held = windows(x, task.length)
     else:
-        task.data, task.held = whole_sequences(task, torch.stack(x).long())
+        task.data, task.held = whole_sequences(task, torch.stack(x))
 
 
-def uncut(task, records, file):
-    """The pieces of the records from which windows can be cut, free of ambiguous nucleotides."""
-    if task.alphabet.startswith("ACGT"):
-        records = [(line, piece) for line, letters in records for piece in AMBIGUOUS.split(letters)]
-    kept = [(line, piece) for line, piece in records if task.pad or len(piece) >= task.length]
-    if not kept:
-        raise BadInput(f"--data={file} has no sequence of {task.length} letters for windows")
-    if len(kept) < len(records):
-        print(f"{len(records) - len(kept):,} pieces shorter than {task.length} letters are skipped",
-              file=sys.stderr)
-    return kept
+def check_sequence(task, s, where):
+    """Raises BadInput if a sequence of a file has a foreign letter or a wrong length."""
+    task.check(s, where, hint=": --data is FASTA or one sequence per line, and --crop avoids N and "
+               "other foreign letters")
+    if not s or len(s) > task.length or len(s) < task.length and not task.pad:
+        raise BadInput(f"{where} has {len(s)} letters, the task {task.length} slots: fill up with "
+                       "--pad=-, cut windows with --crop, or choose another --length")
 
 
 def whole_sequences(task, x):
@@ -304,7 +268,7 @@ def whole_sequences(task, x):
 
 def load_reward(name):
     """--reward=file.py:function -> the function, list[str] -> list[float], and the file's
-    `measure`, list[str] -> {column: number}, or None. Raises BadInput."""
+    `measure`, list[str] -> {column: number}. Raises BadInput."""
     file, _, function = name.rpartition(":")
     if not file.endswith(".py") or not Path(file).is_file():
         raise BadInput(f"--reward={name}: file.py:function is needed, and a file that exists")
@@ -317,7 +281,7 @@ def load_reward(name):
         raise BadInput(f"--reward={name}: {in_user_code(error)}") from error
     if not callable(getattr(module, function, None)):
         raise BadInput(f"--reward={name}: {file} has no function {function}")
-    return getattr(module, function), getattr(module, "measure", None)
+    return getattr(module, function), getattr(module, "measure", lambda samples: {})
 
 # -----------------------------------------------------------------------------
 # toy: small enough to enumerate
@@ -361,7 +325,6 @@ FACTORS = {                 # transcription factor: consensus in IUPAC letters, 
     "CREB": ("TGACGTCA", 1.0),
     "GATA1": ("WGATAR", 0.0),           # a repressor, by our decree
 }
-LONGEST_SITE = max(len(consensus) for consensus, _ in FACTORS.values())
 MEASUREMENTS = 200          # sequences whose activity was measured ...
 NOISE = 1.0                 # ... and the standard deviation of a measurement
 IUPAC = dict(A="A", C="C", G="G", T="T", R="AG", Y="CT", S="CG", W="AT", K="GT", M="AC", N="ACGT")
@@ -391,7 +354,7 @@ def true_activity(sequence):
 
 def activity(tokens):
     """The true activity of tokens [B, L] -> float [B]; anything but ACGT is no letter of a site."""
-    strings = ["".join("ACGT-"[min(v, 4)] for v in row) for row in tokens.tolist()]
+    strings = TASKS["dna"].decode(tokens.clamp(max=4))
     return torch.tensor([true_activity(s) for s in strings], device=tokens.device)
 
 
@@ -401,14 +364,14 @@ def dna_sequence(length, rng):
     most of the sites: GC goes along with activity without causing it."""
     gc, site_rate = rng.choice([(0.65, 0.9), (0.35, 0.1)])
     letters = rng.choices("ACGT", [1 - gc, gc, gc, 1 - gc], k=length)
-    for start in range(2, length - LONGEST_SITE + 1, 16):
+    for start in range(2, length, 16):
         consensus, _ = rng.choice(list(FACTORS.values()))
         site = "".join(rng.choice(IUPAC[c]) for c in consensus)
         if rng.random() < 0.5:
             site = site[::-1].translate(OTHER_STRAND)
         if rng.random() < site_rate:
             letters[start:start + len(site)] = site
-    return "".join(letters)
+    return "".join(letters[:length])
 
 
 class Oracle(nn.Module):
@@ -444,31 +407,15 @@ class Oracle(nn.Module):
         self.eval()
 
 
-def triplet_shares(tokens):
-    """The shares of the 64 3-mers in tokens [B, L] -> [64]; those with a pad do not count."""
-    x = tokens.unfold(1, 3, 1).flatten(0, 1)
-    x = x[(x < 4).all(dim=1)]
-    index = (x * x.new_tensor([16, 4, 1])).sum(dim=1)
-    return torch.bincount(index, minlength=64) / max(1, len(x))
-
-
-def dna_measure(data):
-    """The truth, and whether sequences still look like the most active of the data."""
-    data = data[:20_000]
-    top = triplet_shares(data[activity(data).topk(-(-len(data) // 100)).indices])
-
-    def measure(tokens, rewards):
-        shares = torch.stack((triplet_shares(tokens), top))
-        return {"true activity": activity(tokens).mean().item(),
-                "3-mer correlation": torch.corrcoef(shares)[0, 1].item()}
-    return measure
+def dna_measure(tokens):
+    """The truth, and the share of G and C, which the oracle takes for a cause."""
+    is_gc = (tokens == 1) | (tokens == 2)
+    return {"true activity": activity(tokens).mean().item(), "GC": is_gc.float().mean().item()}
 
 
 def make_dna(length=50, text=""):
     """Regulatory DNA. What it teaches: a learned reward goes on rising where the truth does not,
     and the KL to the data is what keeps samples where the reward can be believed."""
-    if length < 3:
-        raise BadInput(f"--length={length}: --task=dna needs at least 3 slots, for its 3-mers")
     oracle = Oracle()
 
     def draw(n, generator=None):

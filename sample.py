@@ -18,7 +18,6 @@ from pathlib import Path
 
 import torch
 
-import sepo
 from diffusion import Absorbing, Uniform
 from model import Config, Denoiser
 from rewards import BadInput, Task, ask, open_task
@@ -62,7 +61,7 @@ def main(argv=None):
     add("--which", choices=["pretrained", "finetuned"], default="finetuned", help="which model")
     add("--compare", action="store_true", help="both models, side by side")
     add("--n", type=count, default=10, help="number of samples")
-    add("--steps", type=whole, help="steps of the time grid, in place of the run's (0: none)")
+    add("--steps", type=whole, help="steps of the time grid (default: the run's; 0: none)")
     add("--prompt", default="", help="given letters, with _ for free slots: TC____")
     add("--temperature", type=at_least(0.001, float), default=1.0, help="divides the logits")
     add("--seed", type=whole, default=0, help="seed of every random draw")
@@ -92,14 +91,16 @@ def run(args):
         drawn[name] = task.samples(path.tokens), rewards
         if args.movie and name == args.which:
             movie(task, path, args.movie)
+    if args.plot and task.reward is None:
+        raise BadInput("--plot: the run's reward is not there")
     if args.plot:
         histograms(drawn, args.plot)
     if args.compare:
-        print("    ".join(f"{'reward':>8}  {name:{task.length}}" for name in names).rstrip())
+        print(f"  reward  {names[0]:{max(14, task.length + 4)}}  reward  {names[1]}")
     show = FORMATS[args.format]
     for i in range(args.n):
         cells = [show(i, samples[i], rewards[i]) for samples, rewards in drawn.values()]
-        print("    ".join(cells))
+        print("".join(f"{cell:{max(24, task.length + 14)}}" for cell in cells).rstrip())
     sys.stdout.flush()
 
 
@@ -135,11 +136,9 @@ def load(file):
     """A checkpoint of plain tensors and numbers; code in the file is refused, not run."""
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise BadInput(f"{file} does not exist") from None
     except Exception as error:                          # truncated, no checkpoint, or with code
-        kind = type(error).__name__
-        raise BadInput(f"{file} is damaged or not a checkpoint of tensors ({kind})") from error
+        raise BadInput(f"{file} is missing, damaged or not a checkpoint of tensors "
+                       f"({type(error).__name__})") from None
 
 
 def load_model(file):
@@ -160,7 +159,7 @@ def task_of(args):
 
 def meta_of(args, task, model):
     """What a checkpoint holds beside the weights: all that sample.py needs."""
-    prompts = task.prompts(held_out_data(task, 256, args.seed))
+    prompts = task.prompts(held_out_data(task, 256, args.seed)) if task.given else None
     oracle = task.oracle.state_dict() if task.oracle is not None else None
     return dict(config=asdict(model.config), flags=args.saved, alphabet=task.alphabet,
                 pad=task.pad, prompts=prompts, oracle=oracle)
@@ -193,55 +192,48 @@ def held_out_data(task, n, seed):
     return draw(n, torch.Generator().manual_seed(seed + 1))[:n]
 
 
-def make_evaluate(args, task, process, reference, data):
-    """-> evaluate(model, tokens, rewards) -> metrics: exact ones where the space is small, else
-    the task's own of the latest rollout, and the reward on held-out prompts."""
-    steps = args.steps
-    if task.is_small(steps):
-        reward = lambda tokens: ask(task, tokens)
-        exact = sepo.Exact(process, reference, reward, task.length, args.beta, steps)
-        return lambda model, tokens, rewards: exact(model)
-    measure = task.measure(data)
-    prompts = task.prompts(held_out_data(task, 256, args.seed).to(data.device))
-
-    def evaluate(model, tokens, rewards):
-        metrics = measure(tokens, rewards)
-        if prompts is not None:
-            path = process.sample(model, len(prompts), task.length, steps, prompts)
-            metrics["held_out_reward"] = ask(task, path.tokens).mean().item()
-        return metrics
-    return evaluate
+def evaluate(args, task, process, exact, model, tokens):
+    """Metrics beside the reward: exact ones where the space is small; else what the task measures
+    on the latest rollout, and the reward on held-out prompts."""
+    if exact:
+        return exact(model)
+    metrics = task.measure(tokens)
+    if task.given:
+        prompts = task.prompts(held_out_data(task, 256, args.seed)).to(tokens.device)
+        path = process.sample(model, len(prompts), task.length, args.steps, prompts)
+        metrics["held_out_reward"] = ask(task, path.tokens).mean().item()
+    return metrics
 
 
-def report(args, task, process, reference, model, evaluate, data):
+def report(args, task, process, exact, reference, model):
     """Print each model's reward, KL to the pre-trained one and samples; save report.json."""
-    held_out = held_out_data(task, args.report_samples, args.seed).to(data.device)
-    n, steps, k = len(held_out), args.steps, 16
-    prompts, few = task.prompts(held_out), max(1, n // 4)
+    held_out = held_out_data(task, args.report_samples, args.seed).to(args.device)
+    prompts = task.prompts(held_out)
+    n = len(held_out)
+    few, k = max(1, n // 4), 16
     print(f"report: asks for {3 * n + few * (k + 1):,} more rewards (--report_samples=0: none)")
 
     samples = {"data": (held_out, None)}
     for name, policy in (("pre-trained", reference), ("fine-tuned", model)):
-        path = process.sample(policy, n, task.length, steps, prompts)
+        path = process.sample(policy, n, task.length, args.steps, prompts)
         with torch.no_grad():
             log_ratio = path.logp - process.replay(reference, path)
         samples[name] = path.tokens, log_ratio.flatten(1).sum(dim=1).mean().item()
     if prompts is not None:
         prompts = prompts[:few].repeat_interleave(k, dim=0)
-    many = process.sample(reference, few * k, task.length, steps, prompts).tokens
+    many = process.sample(reference, few * k, task.length, args.steps, prompts).tokens
     best = ask(task, many).view(few, k).argmax(dim=1)
-    best = many.view(few, k, task.length)[torch.arange(few), best]
+    best = many.view(few, k, -1)[torch.arange(few), best]
     samples["best of 16"] = best, math.log(k) - (k - 1) / k     # its KL is at most this
 
-    measure, rows = task.measure(data), {}
+    rows = {}
     for name, (tokens, kl) in samples.items():
-        reward = ask(task, tokens)
-        rows[name] = row = dict(reward=reward.mean().item(), kl=kl)
-        row.update(diversity(tokens, task.vocab_size), **measure(tokens, reward))
-        given = task.given(tokens) if task.given else None
-        row["bound"] = process.bound(reference, tokens, draws=8, given=given)[0].mean().item()
-        if task.is_small(steps) and name == "fine-tuned":
-            row.update(evaluate(model, tokens, reward))
+        reward = ask(task, tokens).mean().item()
+        row = dict(reward=reward, kl=kl, **diversity(tokens, task.vocab_size))
+        row.update(task.measure(tokens))
+        if exact and name == "fine-tuned":
+            row.update(exact(model))
+        rows[name] = row
         cells = [f"{key} {value:.3f}" for key, value in row.items() if value is not None]
         print(f"{name:12} " + "  ".join(cells))
         print("\n".join(f"    {s}" for s in task.samples(tokens[:4])))
@@ -305,25 +297,22 @@ def histograms(drawn, file):
     plt.close()
 
 
-def movie(task, path, file, rows=8):
-    """A GIF of the reverse process: a row per sample, a cell per slot, grey while it is masked."""
+def movie(task, path, file):
+    """A GIF of the reverse process of eight samples: a row per sample, a cell per slot, grey while
+    it is masked."""
     plt = pyplot()
     from matplotlib.animation import FuncAnimation, PillowWriter
-    last = int(path.n_events[:rows].max())
-    states = [path.state(j)[:rows].cpu() for j in range(last + 1)]
-    size = (min(12, 1 + 0.35 * task.length), 0.5 + 0.4 * len(states[0]))
-    figure, axis = plt.subplots(figsize=size)
-    colours = plt.get_cmap("tab20").with_extremes(over="0.9")
+    V, L, last = task.vocab_size, task.length, int(path.n_events[:8].max())
+    figure, axis = plt.subplots(figsize=(min(12, 1 + 0.35 * L), 3.5))
+    colours = plt.get_cmap("tab20", V).with_extremes(over="0.9")
 
     def frame(j):
+        state = path.state(j)[:8]
         axis.clear()
         axis.axis("off")
         axis.set_title(f"state {j} of {last}", fontsize=8)
-        axis.imshow(states[j], cmap=colours, vmin=0, vmax=task.vocab_size - 0.5, alpha=0.8)
-        for b, string in enumerate(task.decode(states[j])):
-            for i, letter in enumerate(string):
-                shown = letter.replace(task.blank, "")
-                axis.text(i, b, shown, ha="center", va="center", fontsize=9)
+        letters = [list(string.replace(task.blank, " ")) for string in task.decode(state)]
+        axis.table(letters, colours(state.numpy(), alpha=0.8), cellLoc="center", bbox=[0, 0, 1, 1])
 
     frames = list(range(last + 1)) + [last] * 4         # hold the result for a while
     FuncAnimation(figure, frame, frames).save(file, writer=PillowWriter(fps=2))

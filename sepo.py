@@ -161,9 +161,10 @@ def sepo_loss(process, model, path, advantages, states="path", clip=0.2, clip_mo
     view = draw_view(process, path, states) if view is None else view
     log_w = process.log_law(model, view)                                                # [n, k, V]
     logp = pick(log_w, view.y)                                                          # [n, k]
-    logp_old = logp.detach() if view.logp_old is None else view.logp_old
+    if view.logp_old is None:                           # theta is still theta_old
+        view.logp_old = logp.detach()
     A = advantages[view.row, None]
-    objective, active = surrogate(logp - logp_old, A, clip, clip_mode)
+    objective, active = surrogate(logp - view.logp_old, A, clip, clip_mode)
     w = log_w.exp()
     if consistency:
         objective = objective + consistency * logp

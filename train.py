@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 import sample
 import sepo
-from diffusion import SCHEDULES, device_of, pick
+from diffusion import SCHEDULES, device_of
 from model import Config, Denoiser
 from rewards import TASKS, BadInput, ask
 from sample import at_least, inside
@@ -42,7 +42,7 @@ MASTER = RANK == 0                                  # the process that logs, sav
 DEFAULTS = {                                        # that go with a choice of task, chain, method
     "toy": dict(n_layer=2, n_embd=64),
     "dna": dict(n_layer=1, n_embd=48, conv=25, pretrain_iters=1500, pretrain_lr=4e-3, steps=20,
-                group=64, updates=8, iters=100, beta=0.03, eval_every=5),
+                group=64, updates=8, iters=100, eval_every=5),
     "arithmetic": dict(n_layer=3, pretrain_iters=3000, pretrain_batch=256, pretrain_lr=1e-3,
                        data_size=200000, prompts=16, group=16, updates=8, iters=120, lr=3e-4),
     "text": dict(n_layer=2, n_embd=96, conv=7, dropout=0.1, pretrain_iters=2500, pretrain_lr=3e-3,
@@ -114,20 +114,21 @@ def run(args):
     # fine-tune
     model.eval()                                        # no dropout: the ratio must start at 1
     reference = compiled(args, deepcopy(model).requires_grad_(False))
-    evaluate = sample.make_evaluate(args, task, process, reference, data) if MASTER else None
+    exact = None                                        # ground truth, where the space is small
+    if MASTER and task.is_small(args.steps):
+        reward = partial(ask, task)
+        exact = sepo.Exact(process, reference, reward, task.length, args.beta, args.steps)
     try:
-        finetune(args, task, process, compiled(args, model), reference, data, evaluate, checkpoint)
+        finetune(args, task, process, compiled(args, model), reference, data, exact, checkpoint)
     finally:                                            # an error loses nothing that was learnt
         if args.restored:
             save(args.out / "finetuned.pt", model=model, **meta)
     if MASTER:
-        if checkpoint["phase"] == "finetune" and checkpoint["iter"] == args.iters:
-            print("the run was complete: only its report is made again")
         signal.signal(signal.SIGINT, signal.default_int_handler)    # the run is complete by now
         seed_everything(args, 2, 0)
         sample.plot_curve(args.out)
         if args.report_samples:
-            sample.report(args, task, process, reference, model, evaluate, data)
+            sample.report(args, task, process, exact, reference, model)
         print(f"results are in {args.out}; next: python sample.py --run={args.out} --compare")
 
 
@@ -183,15 +184,13 @@ def pretrain(args, task, process, model, data, checkpoint):
         end_iteration(args, "pretrain", i, args.pretrain_iters, state)
 
 
-def finetune(args, task, process, model, reference, data, evaluate, checkpoint):
+def finetune(args, task, process, model, reference, data, exact, checkpoint):
     """Roll out, ask for rewards, compute advantages, take a few optimizer steps; repeat."""
     optimizer = adamw(model, args.lr, weight_decay=0.0)
     reference = compiled(args, deepcopy(reference))     # of the KL; --ref_every moves it
     baseline = sepo.Baseline()
     P, G = args.prompts // WORLD_SIZE, args.group
-    draw = process.sample
-    if args.corrector_steps:
-        draw = partial(process.sample_corrected, corrector=(args.corrector_steps, args.corrector_t))
+    corrector = (args.corrector_steps, args.corrector_t)
     state = dict(model=model, reference=reference, optimizer=optimizer, baseline=baseline)
     first = restore(args, checkpoint, "finetune", state)
 
@@ -205,11 +204,11 @@ def finetune(args, task, process, model, reference, data, evaluate, checkpoint):
         if task.given:
             prompt = task.prompts(data[torch.randint(len(data), (P,), device=args.device)])
             prompt = prompt.repeat_interleave(G, dim=0)                                 # [P * G, L]
-        path = draw(model, P * G, task.length, args.steps, prompt)
+        path = process.sample_corrected(model, P * G, task.length, args.steps, prompt, corrector)
 
         # 2. ask the black box
         reward = ask(task, path.tokens).view(P, G)
-        if i == first:
+        if i == 0:
             warn_if_equal(reward)
 
         # 3. what is each sample worth? its reward, minus beta times the KL that its path cost
@@ -226,11 +225,14 @@ def finetune(args, task, process, model, reference, data, evaluate, checkpoint):
         baseline.update(returns, rewards)
 
         # 4. take a few optimizer steps on this rollout
-        centred = (reward - reward.mean(dim=1, keepdim=True)).float()       # [P, G]
-        rollout = SimpleNamespace(path=path, reward=centred, advantage=advantage, beta=beta,
-                                  scale=scale.float(), reference=reference, logp_ref=logp_ref)
-        rollout.old, passes = old_policy(args, process, model, path)
-        clipped, passes = [], passes + path.before + 2 * len(path.visits[0])
+        rollout = SimpleNamespace(path=path, reward=reward, advantage=advantage, beta=beta,
+                                  scale=scale, reference=reference, logp_ref=logp_ref, views=None)
+        clipped, passes = [], path.before + 2 * len(path.visits[0])         # rollout and replay
+        if args.states == "neighbours":
+            with torch.no_grad():
+                exactly = args.exact_neighbours
+                rollout.old = sepo.neighbours(process, model, path, exactly, args.steps)
+            passes += rollout.old[-1]
         for _ in range(args.updates):
             for loss, stats in policy_losses(args, process, model, rollout):
                 loss.backward()
@@ -247,7 +249,7 @@ def finetune(args, task, process, model, reference, data, evaluate, checkpoint):
                            name: kl, "clip_fraction": torch.stack(clipped).mean()})
         metrics.update(queries=(i + 1) * args.prompts * G, passes=passes * WORLD_SIZE)
         if MASTER and ((i + 1) % args.eval_every == 0 or i + 1 == args.iters):
-            metrics.update(evaluate(model, path.tokens, reward.flatten()))
+            metrics.update(sample.evaluate(args, task, process, exact, model, path.tokens))
         log(args, bar, optimizer, phase="finetune", iter=i + 1, **metrics)
         if MASTER and (i + 1) % 25 == 0:
             sample.plot_curve(args.out)
@@ -262,21 +264,6 @@ def warn_if_equal(reward):
               "larger --group would teach more", file=sys.stderr)
 
 
-def old_policy(args, process, model, path):
-    """What every update of a rollout needs of the policy that drew it, and the passes it took;
-    None for --states=path, which draws new events for every update: path.logp holds theirs."""
-    if args.algo != "sepo" or args.states == "path":
-        return None, 0
-    with torch.no_grad():
-        if args.states == "neighbours":
-            old = sepo.neighbours(process, model, path, args.exact_neighbours, args.steps)
-            return old, old[-1]
-        view = sepo.draw_view(process, path, args.states)
-        logp = [pick(process.log_law(model, part), part.y) for part in view.split(args.micro_batch)]
-        view.logp_old = torch.cat(logp)
-    return view, len(view.row)
-
-
 def policy_losses(args, process, model, rollout):
     """(loss, stats) of the chosen method at the current weights; micro-batches add up."""
     path, advantage, size = rollout.path, rollout.advantage, args.micro_batch
@@ -288,8 +275,9 @@ def policy_losses(args, process, model, rollout):
         yield sepo.neighbours_loss(process, model, path, advantage, rollout.old, args.clip,
                                    args.exact_neighbours, args.steps)
         return
-    if rollout.old:
-        views = rollout.old.split(size)
+    if args.states in ("noised", "terminal"):           # the same states in every update
+        rollout.views = rollout.views or sepo.draw_view(process, path, args.states).split(size)
+        views = rollout.views
     elif args.path_events == 0:                         # every event of every path
         views = path.views(size)
     else:
@@ -453,16 +441,16 @@ def end_iteration(args, phase, i, total, state):
     """Save last.pt if it is time to, or at the end, or if Ctrl-C was pressed; then stop."""
     stop = args.stop
     if WORLD_SIZE > 1:                                  # all processes stop at the same iteration
-        wishes = torch.tensor(float(args.stop), device=args.device)
-        dist.all_reduce(wishes)
-        stop = wishes.item() > 0
+        wish = torch.tensor(float(args.stop), device=args.device)
+        stop = average(dict(wish=wish))["wish"] > 0
     last = args.out / "last.pt"
     is_due = not last.exists() or time.time() - last.stat().st_mtime >= args.save_every
     if stop or is_due or i + 1 == total:
         log_size = (args.out / "metrics.jsonl").stat().st_size
         save(last, phase=phase, iter=i + 1, log_size=log_size, **state)
     if stop:
-        command = f"python train.py --task={args.task} --out={args.out} --resume"
+        start = "python" if WORLD_SIZE == 1 else f"torchrun --nproc_per_node={WORLD_SIZE}"
+        command = f"{start} train.py --task={args.task} --out={args.out} --resume"
         raise KeyboardInterrupt(f"stopped; continue with: {command}")
 
 
@@ -526,7 +514,7 @@ def get_parser():
     add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
         help="of matrix products; auto: bfloat16 on cuda")
     add("--compile", action="store_true", help="torch.compile the transformer blocks")
-    add("--micro_batch", type=whole, default=0, 
+    add("--micro_batch", type=whole, default=0,
         help="states per backward pass (0: all; loop, prdp: one per sample)")
     add = parser.add_argument_group("noise").add_argument
     add("--process", choices=sample.CHAINS, default="absorb", help="noise: masks or random letters")
@@ -544,7 +532,7 @@ def get_parser():
     add("--data_size", type=count, default=20000, help="sequences to generate, or windows to cut")
     add = parser.add_argument_group("sampling").add_argument
     add("--steps", type=whole, default=0, help="steps of the time grid (0: none; absorb only)")
-    add("--corrector_steps", type=whole, default=0, 
+    add("--corrector_steps", type=whole, default=0,
         help="moves of the corrector, which pulls samples towards the model's law, per rollout")
     add("--corrector_t", type=inside, default=0.5, help="time at which the corrector runs")
     add = parser.add_argument_group("fine-tuning").add_argument
@@ -571,13 +559,13 @@ def get_parser():
     add("--kl", choices=["return", "loss"], default="return",
         help="the KL in the return of each path, or in closed form in sepo's loss")
     add("--ref_every", type=whole, default=0, help="rollouts between updates of the KL reference")
-    add("--consistency", type=real, default=0.0, 
+    add("--consistency", type=real, default=0.0,
         help="weight of the likelihood of own samples, for --states=noised: try 0.3")
     add("--entropy", type=real, default=0.0, help="weight of the entropy bonus")
     add("--grad_clip", type=real, default=1.0, help="largest gradient norm")
     add = parser.add_argument_group("evaluation").add_argument
     add("--eval_every", type=count, default=10, help="rollouts between evaluations")
-    add("--report_samples", type=whole, default=1000, 
+    add("--report_samples", type=whole, default=1000,
         help="samples per model in the final report, at most the held-out ones; 0: no report")
     return parser
 
@@ -623,7 +611,7 @@ def check_combinations(parser, args):
          "--group=1 leaves nothing to compare a sample with: add --advantage=running"),
         (args.consistency and args.states != "noised", "--consistency is for --states=noised"),
         (args.algo == "prdp" and (args.path_events or args.group == 1 or not args.beta),
-         "--algo=prdp needs --path_events=0, all events, and --group and --beta above 1 and 0"),
+         "--algo=prdp needs --path_events=0, --group above 1 and --beta above 0"),
         (args.algo != "sepo" and (options or args.states != "path"),
          f"--states, --kl, --consistency, --entropy and --clip_mode do not apply to {args.algo}"),
         (args.states == "neighbours" and (options or args.micro_batch),

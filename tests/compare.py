@@ -131,20 +131,26 @@ def table(runs, key, marks):
 
 
 def figure(runs, panels, file):
-    """A panel per (x, y): median over the seeds, and the range of y."""
+    """A panel per (x, y): median over the seeds and the range of y; against the KL, every seed."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     drawing, axes = plt.subplots(1, len(panels), figsize=(10, 4))
     for axis, (x, y) in zip(axes, panels):
-        for name, seeds in runs.items():
+        for i, (name, seeds) in enumerate(runs.items()):
+            if x == "kl":
+                for lines in seeds:
+                    axis.plot([line[x] for line in lines], [line[y] for line in lines], ".-",
+                              color=f"C{i}", label=name if lines is seeds[0] else None, ms=4)
+                continue
             xs, ys = (list(zip(*[[line[key] for line in lines] for lines in seeds]))
                       for key in (x, y))
             line, = axis.plot([statistics.median(v) for v in xs],
                               [statistics.median(v) for v in ys], label=name, marker=".")
             axis.fill_between([statistics.median(v) for v in xs], [min(v) for v in ys],
                               [max(v) for v in ys], alpha=0.15, color=line.get_color())
-        axis.set_xlabel(f"{LABELS[x]} ({len(seeds)} seeds: median and range)")
+        shown = "every seed" if x == "kl" else "median and range"
+        axis.set_xlabel(f"{LABELS[x]} ({len(seeds)} seeds: {shown})")
         axis.set_ylabel(LABELS.get(y, y.replace("_", " ")))
         if x == "total_passes":
             axis.set_xscale("log")
