@@ -293,23 +293,19 @@ class Chain:
             x = torch.where(given, x, x.scatter(1, slot, new))  # a row may be given entirely
         return x
 
-    def sample_corrected(self, model, batch, length, steps, prompt, corrector):
-        """Samples are noised again up to time t, corrected there by some moves of `correct`, and
-        drawn anew -> path from t on, where slots without a mask count as given. corrector: (moves,
-        t)."""
-        (moves, t), steps = corrector, steps or self.DEFAULT_STEPS
+    def corrected(self, model, path, moves, t, steps=None):
+        """The samples of a path are noised again up to time t, corrected there by some moves of
+        `correct`, and drawn anew -> path from t on, where slots without a mask count as given."""
+        steps = steps or self.DEFAULT_STEPS
         if steps:
             t = max(1, round(t * steps)) / steps
-        first = self.sample(model, batch, length, steps, prompt)
-        if not moves:
-            return first
-        x, given = first.tokens, first.given
-        noised = self.corrupt(x, torch.full((batch,), t, device=x.device))
-        x = torch.where(given, x, noised)
-        x = self.correct(model, x, t, moves, given)
-        path = self.sample(model, batch, length, steps, prompt, start=(x, t))
-        path.before = len(first.visits[0]) + moves * batch
-        return path
+        x, given = path.tokens, path.given
+        noised = self.corrupt(x, torch.full((len(x),), t, device=x.device))
+        start = self.correct(model, torch.where(given, x, noised), t, moves, given)
+        prompt = torch.where(given, x, self.mask)
+        new = self.sample(model, *x.shape, steps, prompt, start=(start, t))
+        new.before = len(path.visits[0]) + moves * len(x)
+        return new
 
 # -----------------------------------------------------------------------------
 # the absorbing chain

@@ -190,7 +190,6 @@ def finetune(args, task, process, model, reference, data, exact, checkpoint):
     reference = compiled(args, deepcopy(reference))     # of the KL; --ref_every moves it
     baseline = sepo.Baseline()
     P, G = args.prompts // WORLD_SIZE, args.group
-    corrector = (args.corrector_steps, args.corrector_t)
     state = dict(model=model, reference=reference, optimizer=optimizer, baseline=baseline)
     first = restore(args, checkpoint, "finetune", state)
 
@@ -204,7 +203,10 @@ def finetune(args, task, process, model, reference, data, exact, checkpoint):
         if task.given:
             prompt = task.prompts(data[torch.randint(len(data), (P,), device=args.device)])
             prompt = prompt.repeat_interleave(G, dim=0)                                 # [P * G, L]
-        path = process.sample_corrected(model, P * G, task.length, args.steps, prompt, corrector)
+        path = process.sample(model, P * G, task.length, args.steps, prompt)
+        if args.corrector_steps:
+            path = process.corrected(model, path, args.corrector_steps, args.corrector_t,
+                                     args.steps)
 
         # 2. ask the black box
         reward = ask(task, path.tokens).view(P, G)

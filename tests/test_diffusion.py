@@ -508,7 +508,10 @@ def test_sampling_with_a_corrector_has_the_law_of_a_consistent_model(chain, step
     model = posterior_table(p0, 2, 3) if chain is Absorbing else Posterior(p0, 2, 3)
     process = chain(2)
     torch.manual_seed(12)
-    path = process.sample_corrected(model, 3000, 3, steps, None, (5, 0.4))
+    path = process.corrected(model, process.sample(model, 3000, 3, steps), 5, 0.4, steps)
     assert chi_square(path.tokens, p0, 2) > P_MIN and (path.tokens < 2).all()
     assert torch.allclose(process.replay(model, path), path.logp, atol=1e-4)
     assert path.time.masked_fill(path.time.isinf(), 0).max() <= 0.41
+    prompted = process.sample(model, 50, 3, steps, torch.tensor([1, 2, 2]))
+    again = process.corrected(model, prompted, 5, 0.4, steps)
+    assert (again.tokens[:, 0] == 1).all() and (again.tokens[:, 1:] != prompted.tokens[:, 1:]).any()
