@@ -42,7 +42,7 @@ MASTER = RANK == 0                                  # the process that logs, sav
 DEFAULTS = {                                        # that go with a choice of task, chain, method
     "toy": dict(n_layer=2, n_embd=64),
     "dna": dict(n_layer=1, n_embd=48, conv=25, pretrain_iters=1500, pretrain_lr=4e-3, steps=20,
-                group=64, updates=8, iters=100, eval_every=5),
+                group=64, updates=8, iters=100, lr=3e-4, eval_every=5),
     "arithmetic": dict(n_layer=3, pretrain_iters=3000, pretrain_batch=256, pretrain_lr=1e-3,
                        data_size=200000, prompts=16, group=16, updates=8, iters=120, lr=3e-4),
     "text": dict(n_layer=2, n_embd=96, conv=7, dropout=0.1, pretrain_iters=2500, pretrain_lr=3e-3,
