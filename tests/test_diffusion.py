@@ -515,3 +515,4 @@ def test_sampling_with_a_corrector_has_the_law_of_a_consistent_model(chain, step
     prompted = process.sample(model, 50, 3, steps, torch.tensor([1, 2, 2]))
     again = process.corrected(model, prompted, 5, 0.4, steps)
     assert (again.tokens[:, 0] == 1).all() and (again.tokens[:, 1:] != prompted.tokens[:, 1:]).any()
+    assert process.corrected(model, prompted, 1, 0.001, steps).tokens.shape == (50, 3)

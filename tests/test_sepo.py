@@ -83,6 +83,20 @@ def test_both_clips_by_their_formulas(mode, A):
         assert torch.allclose(ours, paper, atol=1e-12) and bool(flag) == active
     assert seen == {True, False}
 
+def test_equal_rewards_get_nothing_and_scales_are_of_the_groups():
+    """0.05 and 0.1 are not exact in binary; their means over 3, 7 or 100 samples need not be."""
+    for G in (3, 7, 100):
+        returns = torch.tensor([[0.0] * G, [0.05] * G], dtype=torch.double)
+        assert (sepo.advantages(returns, "grpo") == 0).all()
+        baseline = sepo.Baseline()
+        for _ in range(3):
+            A = sepo.advantages(returns[1:] * 2, "ppo", baseline)
+            assert (A == 0).all()
+            baseline.update(returns[1:] * 2, returns[1:] * 2)
+    rewards = torch.tensor([[0.0, 1.0], [10.0, 11.0]])
+    assert sepo.reward_scale(rewards, "grpo").item() == pytest.approx(0.5)
+    assert sepo.reward_scale(rewards, "ppo").item() == pytest.approx(25.25 ** 0.5)
+
 # -----------------------------------------------------------------------------
 # gradients, over every path
 
