@@ -236,7 +236,11 @@ def use_data(task, sequences, file, pad, crop):
         task.alphabet, task.pad = task.alphabet + pad, pad
     if crop:                                            # windows avoid letters such as N
         known = re.compile(f"[{re.escape(task.alphabet)}]+")
+        n_letters = sum(map(len, sequences))
         sequences = [piece for s in sequences for piece in known.findall(s)]
+        n_foreign = n_letters - sum(map(len, sequences))
+        if n_foreign:
+            print(f"{file}: windows avoid {n_foreign:,} foreign letters", file=sys.stderr)
     else:
         for i, s in enumerate(sequences, 1):
             check_sequence(task, s, f"sequence {i} of {file}")

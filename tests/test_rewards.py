@@ -287,11 +287,12 @@ def test_dna_itself_can_be_padded(tmp_path):
     assert ask(task, task.data(2)).isfinite().all()
 
 
-def test_windows_of_a_genome_avoid_ambiguous_letters(tmp_path):
+def test_windows_of_a_genome_avoid_foreign_letters_and_say_so(tmp_path, capsys):
     rng = random.Random(0)
     left, right = ("".join(rng.choices("ACGT", k=100)) for _ in range(2))
     file = write(tmp_path, f">chr\n{left}\nNNNNNR\n{right}\n".lower(), "g.fa.gz")
     task = open_task("dna", 8, file, crop=True)
+    assert "windows avoid 6 foreign letters" in capsys.readouterr().err
     drawn = set(task.decode(task.data(2000)))
     assert drawn and all(s in left or s in right for s in drawn)
     with pytest.raises(BadInput, match="'N' at position 101 of sequence 1 of .*avoids N"):

@@ -83,6 +83,7 @@ def test_both_clips_by_their_formulas(mode, A):
         assert torch.allclose(ours, paper, atol=1e-12) and bool(flag) == active
     assert seen == {True, False}
 
+
 def test_equal_rewards_get_nothing_and_scales_are_of_the_groups():
     """0.05 and 0.1 are not exact in binary; their means over 3, 7 or 100 samples need not be."""
     for G in (3, 7, 100):
