@@ -500,7 +500,8 @@ def make_text(length=48, text=""):
     stand next to a word which they also stand next to there, each such pair counted once.
 
     What it teaches: a reward says what it says. Known words in a senseless order, one phrase over
-    and over, or one word and blanks earn little; quoting the text earns 1."""
+    and over, or one word and blanks earn little; quoting the text earns 1. What stays open: short
+    words have many neighbours, so a chain such as "in a is in" earns more than it deserves."""
     whole = text or corpus()
     words = WORD.findall(whole.lower())
     pairs = set(zip(words, words[1:]))
