@@ -103,7 +103,7 @@ class Path(Visits):
 
     @property
     def given(self):
-        """[B, L]: the slots of the prompt."""
+        """[B, L]: slots without a mask where the path starts, such as those of the prompt."""
         return self.time.isinf()
 
     @cached_property
@@ -313,7 +313,6 @@ class Chain:
 class Absorbing(Chain):
     """Masked diffusion: each slot turns into the mask, independently, at a random time (SEDD)."""
 
-
     # forward process and training loss
 
     def corrupt(self, x0, t, generator=None):
@@ -396,7 +395,7 @@ class Absorbing(Chain):
         reveal nothing in most rows. Here each row goes from one of its own events to the next:
         pass j reveals the j-th group of slots in every row that still has one. The law is the
         same (2409.02908). Rows that are done leave the batch; revealed slots alone reach the
-        output head; and a draw is one argmax over logits plus Gumbel noise, without a softmax."""
+        output head; and a draw is one argmax over logits plus Gumbel noise."""
         path = Path(x.clone(), time, torch.zeros_like(time), self.mask)
         n_rows = path.visits[1].bincount().tolist()     # rows with a first event, a second, ...
         for view in path.views(n_rows):                 # each sees what was revealed before it
@@ -408,6 +407,8 @@ class Absorbing(Chain):
             path.tokens[row, view.slots] = torch.where(revealed, y, view.y)
             path.logp[row, view.slots] = torch.where(revealed, logp, view.logp_old)
         return path
+
+    # corrector and final samples
 
     def jump_law(self, model, x, t, slot):
         """Probability of each token [B, V+1] for slot [B, 1] in a corrector move; 0 at its own.
@@ -569,6 +570,7 @@ class Uniform(Chain):
             logps.append(pick(log_w, x).masked_fill(given, 0))
         return GridPath(torch.stack(states), time, torch.stack(logps, dim=1), given)
 
+    # corrector and final samples
 
     def jump_law(self, model, x, t, slot):
         """Probability of each letter [B, V] for slot [B, 1] in a corrector move; 0 at its own.
@@ -578,7 +580,6 @@ class Uniform(Chain):
         score = self.log_ratio(logits_at(model, x, t, slot), token, t, t).squeeze(1).exp()
         largest = 1 + 1 / (1 - self.alpha(t))[:, None]
         return ((1 + score) / self.vocab_size / largest).scatter(1, token, 0)
-
 
     def terminal_view(self, path):
         """The final samples at a low noise level, every slot scored -> View."""

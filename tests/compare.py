@@ -272,7 +272,7 @@ def main():
     last = min(lines[-1]["queries"] for found in runs.values() for lines in found)
     print(table(runs, key, [mark for mark in (5000, 10000, 20000) if mark <= last]))
     if flags == DNA:
-        print(report_table(out, names, seeds))
+        print("\n" + report_table(out, names, seeds))
     panels = [("queries", key), ("total_passes", key)]
     if args.what == "beta":                             # over-optimization
         panels = [("kl", "reward"), ("kl", key)]
