@@ -15,7 +15,7 @@ import sys
 import traceback
 import zlib
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from pydoc_data import topics
 from typing import Callable
@@ -43,7 +43,6 @@ class Task:
     given: Callable | None = None       # clean tokens [n, L] -> bool [n, L]: slots of the prompt
     held: Callable | None = None        # like data, of sequences that data never gives
     measure: Callable = no_columns      # tokens [B, L] -> {column: number} of the report
-    oracle: nn.Module | None = None     # a network in the reward; a run calls oracle.fit(data)
     make: Callable | None = None        # (length, text of the data) -> this task in another size
     is_text: bool = False               # a file of data is one running text, not lines
     pad: str = ""                       # the letter that fills up short sequences
@@ -191,7 +190,6 @@ def open_task(name, length=0, data="", pad="", crop=False, lines=False, reward="
         score, measure = load_reward(reward)
         task.reward = lambda tokens: score(task.samples(tokens))
         task.measure = lambda tokens: columns_of(task, measure, tokens)
-        task.oracle = None
     return task
 
 
@@ -378,37 +376,35 @@ def dna_sequence(length, rng):
     return "".join(letters[:length])
 
 
-class Oracle(nn.Module):
-    """A small convolutional network, tokens [B, L] -> activity [B], fitted on few and noisy
-    measurements. It averages over the sequence, and takes GC for a cause: it can be hacked."""
+def one_hot(tokens):
+    """Tokens [B, L] -> [B, 4, L]; a pad is all 0."""
+    letters = torch.arange(4, device=tokens.device)
+    return (tokens[:, None] == letters[:, None]).float()
 
-    def __init__(self, width=64):
-        super().__init__()
-        sites = [nn.Conv1d(4, width, 13, padding=6), nn.ReLU(), nn.MaxPool1d(4, ceil_mode=True)]
-        pairs = [nn.Conv1d(width, width, 5, padding=2), nn.ReLU(), nn.AdaptiveAvgPool1d(1)]
-        head = [nn.Flatten(), nn.Dropout(0.2), nn.Linear(width, width), nn.ReLU()]
-        self.net = nn.Sequential(*sites, nn.Dropout(0.2), *pairs, *head, nn.Linear(width, 1))
 
-    def forward(self, tokens):
-        letters = torch.arange(4, device=tokens.device)
-        x = (tokens[:, None] == letters[:, None]).float()           # [B, 4, L]; a pad is all 0
-        return self.net(x).squeeze(1)
-
-    def fit(self, data, steps=30):
-        """Least squares on noisy measurements of the first sequences of data [n, L], stopped early
-        since they are few. It starts from its own seed, so it always ends the same."""
+@cache
+@torch.enable_grad()
+def oracle(length, width=64, steps=60):
+    """A small convolutional network, one-hot [B, 4, L] -> activity [B, 1], fitted on few and noisy
+    measurements, and stopped early since they are few. It takes GC for a cause: it can be hacked.
+    Its seed is its own, so that all runs have the same oracle."""
+    rng = random.Random(0)
+    measured = [dna_sequence(length, rng) for _ in range(MEASUREMENTS)]
+    truth = torch.tensor([true_activity(s) for s in measured])
+    x = one_hot(TASKS["dna"].encode(measured))
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        self.__init__()
-        x = data[:MEASUREMENTS]
-        y = activity(x) + NOISE * torch.randn(len(x)).to(x.device)
-        optimizer = torch.optim.AdamW(self.to(x.device).parameters(), 3e-3, weight_decay=0.1)
-        self.train()
-        for _ in range(steps):
-            loss = F.mse_loss(self(x), y)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        self.eval()
+        y = truth + NOISE * torch.randn(MEASUREMENTS)
+        sites = [nn.Conv1d(4, width, 13, padding=6), nn.ReLU(), nn.AdaptiveAvgPool1d(1)]
+        head = [nn.Flatten(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 1)]
+        net = nn.Sequential(*sites, *head)
+    optimizer = torch.optim.AdamW(net.parameters(), 3e-3, weight_decay=0.1)
+    for _ in range(steps):
+        loss = F.mse_loss(net(x).squeeze(1), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return net
 
 
 def dna_measure(tokens):
@@ -420,19 +416,16 @@ def dna_measure(tokens):
 def make_dna(length=50, text=""):
     """Regulatory DNA. What it teaches: a learned reward goes on rising where the truth does not,
     and the KL to the data is what keeps samples where the reward can be believed."""
-    oracle = Oracle()
-
     def draw(n, generator=None):
         rng = random.Random(torch.randint(2 ** 62, (1,), generator=generator).item())
         return task.encode([dna_sequence(length, rng) for _ in range(n)])
 
     @torch.no_grad()
     def reward(tokens):
-        return oracle.to(tokens.device)(tokens)
+        return oracle(length).to(tokens.device)(one_hot(tokens)).squeeze(1)
 
     data, held = split(draw)
-    task = Task("dna", "ACGT", length, data, reward, held=held, measure=dna_measure, oracle=oracle,
-                make=make_dna)
+    task = Task("dna", "ACGT", length, data, reward, held=held, measure=dna_measure, make=make_dna)
     return task
 
 # -----------------------------------------------------------------------------

@@ -160,9 +160,8 @@ def task_of(args):
 def meta_of(args, task, model):
     """What a checkpoint holds beside the weights: all that sample.py needs."""
     prompts = task.prompts(held_out_data(task, 256, args.seed)) if task.given else None
-    oracle = task.oracle.state_dict() if task.oracle is not None else None
     return dict(config=asdict(model.config), flags=args.saved, alphabet=task.alphabet,
-                pad=task.pad, prompts=prompts, oracle=oracle)
+                pad=task.pad, prompts=prompts)
 
 
 def load_run(file):
@@ -177,9 +176,6 @@ def load_run(file):
         print(f"no scores (nan): {error}", file=sys.stderr)
         task = Task(args.task, saved["alphabet"], model.config.length, data=None, reward=None)
     task.alphabet, task.pad = saved["alphabet"], saved["pad"]
-    if task.oracle is not None:
-        task.oracle.load_state_dict(saved["oracle"])
-        task.oracle.eval()
     process = CHAINS[args.process](task.vocab_size, args.schedule)
     return task, process, model.eval(), args.steps, saved["prompts"]
 

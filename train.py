@@ -102,8 +102,6 @@ def run(args):
               f"asks for {n_rewards:,} rewards, besides evaluations; {args.device}; "
               f"results in {args.out}",
               file=sys.stderr)
-    if task.oracle is not None:
-        task.oracle.fit(data)                           # a network inside the reward (dna)
     ask(task, data[:2])                                 # an error here costs less than later
     meta = sample.meta_of(args, task, model)
     checkpoint = open_out_dir(args)
