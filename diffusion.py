@@ -75,8 +75,6 @@ class View:
 
 class Visits:
     """What both kinds of path share; n_events [B] is the number of events of each row."""
-    before = 0                          # states through the network before the path starts
-
     @cached_property
     def visits(self):
         """The row and the event of every visited state, [n] each: all first events, then all second
@@ -185,10 +183,9 @@ def pick(log_w, y):
     return log_w.gather(-1, y[..., None]).squeeze(-1)
 
 
-def stratified(n, generator=None, device=None):
+def stratified(n, device=None):
     """n uniforms on [0, 1), one in each of n equal cells, shuffled: less variance than rand(n)."""
-    cell = torch.randperm(n, generator=generator, device=device)
-    u = (cell + torch.rand(n, generator=generator, device=device)) / n
+    u = (torch.randperm(n, device=device) + torch.rand(n, device=device)) / n
     return u.clamp(max=1 - 2 ** -24)                    # float32 may round up to 1
 
 
@@ -250,7 +247,7 @@ class Chain:
         """`events` random states per path that the sampler visited -> View, weighted so that the
         sum over its terms is an unbiased estimate of the sum over the whole path."""
         n = path.n_events                                                               # [B]
-        u = stratified(len(n), device=n.device).double()    # float32 would round up to 1
+        u = stratified(len(n), n.device).double()    # float32 would round up to 1
         u = (torch.arange(events, device=n.device)[:, None] + u) / events       # [events, B]
         row = torch.arange(len(n), device=n.device).repeat(events)
         view = path.view(row, (u * n).long().flatten())
@@ -303,9 +300,7 @@ class Chain:
         noised = self.corrupt(x, torch.full((len(x),), t, device=x.device))
         start = self.correct(model, torch.where(given, x, noised), t, moves, given)
         prompt = torch.where(given, x, self.mask)
-        new = self.sample(model, *x.shape, steps, prompt, start=(start, t))
-        new.before = len(path.visits[0]) + moves * len(x)
-        return new
+        return self.sample(model, *x.shape, steps, prompt, start=(start, t))
 
 # -----------------------------------------------------------------------------
 # the absorbing chain
@@ -315,33 +310,33 @@ class Absorbing(Chain):
 
     # forward process and training loss
 
-    def corrupt(self, x0, t, generator=None):
+    def corrupt(self, x0, t):
         """x_t ~ q_t(. | x0): x0 [B, L], t [B] -> [B, L]."""
-        u = torch.rand(x0.shape, generator=generator, device=x0.device)
+        u = torch.rand(x0.shape, device=x0.device)
         return torch.where(u < self.alpha(t)[:, None], x0, self.mask)
 
-    def noised_view(self, x0, given, generator=None, m=None):
+    def noised_view(self, x0, given, m=None):
         """x_t ~ q(. | x0) at a random noise level, all masked slots scored -> View.
 
         E[sum(weight * -log w)] is the likelihood bound: draw m [B] uniform on 1..n of the n free
         slots, mask m of them at random, and weigh by n / m (any-order form; ARDM, 2110.02037)."""
-        time = self.reveal_times(given, generator=generator)
+        time = self.reveal_times(given)
         n = (~given).sum(dim=1)
         if m is None:
-            m = 1 + (stratified(len(x0), generator, x0.device) * n).long()
+            m = 1 + (stratified(len(x0), x0.device) * n).long()
         t = time.sort(dim=1).values.gather(1, m[:, None] - 1)                           # [B, 1]
         masked = (time <= t) & ~given                   # the m slots that are revealed last
         row = torch.arange(len(x0), device=x0.device)
         x = torch.where(masked, self.mask, x0)
         return View(row, x, t[:, 0].clamp(max=1), None, x0, (n / m)[:, None] * masked)
 
-    def losses(self, model, x0, generator=None, given=None):
+    def losses(self, model, x0, given=None):
         """Denoising score entropy of x0 [B, L] at one random number of masks -> [B], nats.
 
         On the absorbing chain it equals MDLM's weighted cross-entropy (2406.07524)."""
         if given is None:
             given = torch.zeros_like(x0, dtype=torch.bool)
-        view = self.noised_view(x0, given, generator)
+        view = self.noised_view(x0, given)
         logp = pick(self.log_law(model, view), view.y)                                  # [B, L]
         return -(view.weight * logp).sum(dim=1)
 
@@ -492,13 +487,13 @@ class Uniform(Chain):
         keep = keep[:, None, None].clamp(max=1 - 2 ** -24)      # its log stays finite
         return keep * F.one_hot(x, self.vocab_size) + (1 - keep) / self.vocab_size
 
-    def corrupt(self, x0, t, generator=None):
+    def corrupt(self, x0, t):
         """x_t ~ q_t(. | x0): x0 [B, L], t [B] -> [B, L]."""
-        u = torch.rand(x0.shape, generator=generator, device=x0.device)
-        noise = torch.randint(self.vocab_size, x0.shape, generator=generator, device=x0.device)
+        u = torch.rand(x0.shape, device=x0.device)
+        noise = torch.randint(self.vocab_size, x0.shape, device=x0.device)
         return torch.where(u < self.alpha(t)[:, None], x0, noise)
 
-    def losses(self, model, x0, generator=None, given=None):
+    def losses(self, model, x0, given=None):
         """Denoising score entropy (SEDD, 2310.16834) of x0 [B, L] at one random time -> [B], nats.
 
         The integral over t of sum_{i, v != x_i} (sigma'/V) (s_v - r_v log s_v + r_v (log r_v - 1)),
@@ -507,10 +502,10 @@ class Uniform(Chain):
         so the integral diverges logarithmically: we cut it at m = CUT (and just below 1). Levels
         are drawn as m = w^3 with w uniform above the cut, since small m has the largest terms."""
         low, high = self.CUT ** (1 / 3), 1 - 1e-4
-        w = low + (high - low) * stratified(len(x0), generator, x0.device)
+        w = low + (high - low) * stratified(len(x0), x0.device)
         m = w ** 3
         t = self.alpha_inverse(1 - m)
-        x = self.corrupt(x0, t, generator)
+        x = self.corrupt(x0, t)
         if given is not None:
             x = torch.where(given, x0, x)
         log_q = self.transition(x0, 1 - m).log()
@@ -522,7 +517,7 @@ class Uniform(Chain):
         dm = 3 * w ** 2 * (high - low)
         return dm / (1 - m) / self.vocab_size * entropy.sum(dim=1)
 
-    def noised_view(self, x0, given, generator=None):
+    def noised_view(self, x0, given):
         raise ValueError("states=noised scores masked slots, and uniform noise has none")
 
     # concrete score

@@ -74,6 +74,7 @@ class Denoiser(nn.Module):
         D = config.n_embd
         self.config = config
         self.autocast = None            # torch.bfloat16: the dtype of the blocks' matrix products
+        self.passes = 0                 # sequences that went through; a backward pass counts two
         self.token = nn.Embedding(config.vocab_size + 1, D)
         self.position = nn.Embedding(config.length, D)
         if config.time_conditioning:
@@ -119,7 +120,14 @@ class Denoiser(nn.Module):
             for block in self.blocks[:-1]:
                 h = block(h)
             h = self.blocks[-1](h, slots)
-        return self.head(self.norm(h)).float()  # ratios of probabilities are taken of them
+        logits = self.head(self.norm(h)).float()        # ratios of probabilities are taken of them
+        self.count(len(x))
+        if logits.requires_grad:
+            logits.register_hook(lambda gradient: self.count(2 * len(x)))
+        return logits
+
+    def count(self, n):
+        self.passes += n
 
     def forward(self, x, t=None):
         """x: long [B, L] in 0..V; t: float [B] or None -> logits float32 [B, L, V]."""

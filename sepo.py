@@ -11,9 +11,7 @@ PRDP; the exact optimum of small spaces.
 """
 import torch
 
-from diffusion import device_of, every_sequence, logits_at, pick
-
-REPLAY = 4          # passes per state of a replay: forward, recomputed forward, backward (two)
+from diffusion import device_of, draw, every_sequence, logits_at, pick
 
 # -----------------------------------------------------------------------------
 # what a sample is worth
@@ -131,12 +129,10 @@ def surrogate(log_ratio, A, clip, mode="stop"):
     return smaller.detach() * log_ratio if mode == "cap" else smaller, active
 
 
-def stats_of(active, weight, passes):
-    """clip_fraction: the share of scored tokens at which the clip is active; passes: states that
-    went through the network, a backward pass counting two."""
+def share(active, weight):
+    """Of the scored tokens, the share at which the clip is active."""
     scored = weight > 0
-    share = (active & scored).sum() / scored.sum().clamp(min=1)
-    return {"clip_fraction": share, "passes": passes}
+    return (active & scored).sum() / scored.sum().clamp(min=1)
 
 
 def sepo_loss(process, model, path, advantages, states="path", clip=0.2, clip_mode="stop",
@@ -175,46 +171,52 @@ def sepo_loss(process, model, path, advantages, states="path", clip=0.2, clip_mo
             log_ref = process.log_law(reference, view)
         objective = objective - beta * (w * (log_w - log_ref)).sum(dim=-1)
     loss = -(view.weight * objective).sum() / len(path.tokens)
-    n_states = len(view.row) * (4 if reference is not None else 3)
-    return loss, stats_of(active, view.weight, n_states)
+    return loss, {"clip_fraction": share(active, view.weight)}
 
 # -----------------------------------------------------------------------------
 # SEPO's published estimator: all sequences that differ from the sample in one slot
 
 def neighbours(process, model, path, exact=False, steps=None, M=2):
     """What the estimator needs of a model, at the final samples x [B, L]
-    -> log s(x)_y [B, L, V], p(y) [B, L, V] without gradient, states through the network (of the
-    absorbing chain; the exact law's do not count).
+    -> log s(x)_y [B, L, V], p(y) [B, L, V] without gradient.
 
     y is x with slot i set to v. s is the ratio of the slot laws at t -> 0. p(y): with `exact` the
-    law of the sampler (small spaces, no prompt; steps: its grid); else by self-normalized
-    importance sampling as in the paper: M sequences z ~ pi(. | y) from the network's slot laws at
-    y, weighed by pi(z) / pi(z | y) with pi(z) ~ 1 / pi(z | z), all factors at the slot that was
-    changed. As in the authors' code the mean is over pi(z | y), where the identity has pi(y | z),
-    and a masked model is read at slots that are not masked, which its training leaves untouched."""
-    x, V = path.tokens, process.vocab_size
-    B, L = x.shape
+    law of the sampler (small spaces, no prompt; steps: its grid), else an estimate from M draws."""
+    x = path.tokens
     log_w = process.slot_laws(model, path)                                              # [B, L, V]
     log_s = log_w - pick(log_w, x)[..., None]
-    slot = torch.arange(L, device=x.device)
-    y = x[:, None, None].repeat(1, L, V, 1)                                     # [B, L, V, L]
-    y[:, slot, :, slot] = torch.arange(V, device=x.device)                              # y_i = v
+    B, L, V = log_s.shape
+    changed = torch.eye(L, dtype=torch.bool, device=x.device)[:, None]                  # [L, 1, L]
+    letters = torch.arange(V, device=x.device)[:, None]                                 # [V, 1]
+    y = torch.where(changed, letters, x[:, None, None])                             # [B, L, V, L]
     with torch.no_grad():
         if exact:
-            law = process.exact_law(model, L, steps)
             place = V ** torch.arange(L - 1, -1, -1, device=x.device)
-            return log_s, law[(y * place).sum(dim=-1)], B * L
-        y = y.view(-1, L)                                                               # [n, L]
-        pi = model(y, torch.zeros(len(y), device=x.device)).softmax(dim=-1)             # [n, L, V]
-        z = torch.multinomial(pi.flatten(0, 1), M, replacement=True)                    # [n L, M]
-        z = z.view(-1, L, M).transpose(1, 2).reshape(-1, L)                             # [n M, L]
-        slots = slot.repeat_interleave(V * M).repeat(B)[:, None]    # the changed slot: [n M, 1]
-        at_z = logits_at(model, z, torch.zeros(len(z), device=x.device), slots)
-        given_z = pick(at_z.softmax(dim=-1), z.gather(1, slots))                        # pi(z | z)
-        given_y = pick(pi.repeat_interleave(M, dim=0), z).gather(1, slots)              # pi(z | y)
-        weight = 1 / (given_z * given_y).clamp(min=1e-30).view(-1, M)
-        p = (weight * given_y.view(-1, M)).sum(dim=1) / weight.sum(dim=1)
-    return log_s, p.view(B, L, V), B * L * (1 + V + M * V)
+            return log_s, process.exact_law(model, L, steps)[(y * place).sum(dim=-1)]
+        slots = torch.arange(L, device=x.device).repeat_interleave(V).repeat(B)
+        p = importance_sampled(model, y.view(-1, L), slots[:, None], M)
+        return log_s, p.view(B, L, V)
+
+
+def importance_sampled(model, y, slots, M):
+    """The authors' estimate of p(y) -> [n, 1]: y [n, L], and the changed slots [n, 1].
+
+    M sequences z ~ pi(. | y) from the network's slot laws at y weigh pi(z) / pi(z | y), with
+    pi(z) ~ 1 / pi(z | z), all at the changed slot; p(y) is the weighted mean of pi(z | y). As in
+    the authors' code: the identity has pi(y | z) there, and a masked model is read at slots that
+    are not masked, which its training leaves untouched."""
+    t = torch.zeros(len(y), device=y.device)
+    logits = model(y, t)                                                                # [n, L, V]
+    total = weights = 0
+    for _ in range(M):
+        z = draw(logits)                                                                # [n, L]
+        given_y = pick(logits.log_softmax(dim=-1), z).gather(1, slots).exp()            # pi(z | y)
+        at_z = logits_at(model, z, t, slots).log_softmax(dim=-1)                        # [n, 1, V]
+        given_z = pick(at_z, z.gather(1, slots)).exp()                                  # pi(z | z)
+        weight = 1 / (given_z * given_y).clamp(min=1e-30)
+        total = total + weight * given_y
+        weights = weights + weight
+    return total / weights
 
 
 def neighbours_loss(process, model, path, advantages, old, clip=0.2, exact=False, steps=None):
@@ -226,15 +228,14 @@ def neighbours_loss(process, model, path, advantages, old, clip=0.2, exact=False
     The identity behind it sums over all sequences y; over those that differ in one slot it is
     biased. `path` differs in that it conditions on a line. With p(y) by sampling the ratio is
     noisy, so that the clip is active at theta_old already."""
-    log_s_old, p_old, _ = old
-    log_s, p, passes = neighbours(process, model, path, exact, steps)
+    log_s_old, p_old = old
+    log_s, p = neighbours(process, model, path, exact, steps)
     log_ratio = p.clamp(min=1e-30).log() - p_old.clamp(min=1e-30).log() + log_s_old - log_s
     objective, active = surrogate(log_ratio, advantages[:, None, None], clip, mode="cap")
     is_other = torch.arange(log_s.size(-1), device=p.device) != path.tokens[..., None]
     weight = p * (is_other & ~path.given[..., None])
     loss = -(weight * objective).sum() / len(path.tokens)
-    extra = 2 * path.tokens.numel()                     # the backward pass through log s
-    return loss, stats_of(active, weight, passes + extra)
+    return loss, {"clip_fraction": share(active, weight)}
 
 # -----------------------------------------------------------------------------
 # LOOP, REINFORCE, PRDP
@@ -252,7 +253,7 @@ def loop_loss(process, model, path, advantages, clip=0.2, view=None):
     weight = view.weight.amax(dim=1, keepdim=True)
     objective, active = surrogate(log_ratio, advantages[view.row, None], clip)
     loss = -(weight * objective).sum() / len(path.tokens)
-    return loss, stats_of(active, weight, 3 * len(view.row))
+    return loss, {"clip_fraction": share(active, weight)}
 
 
 def prdp_loss(process, model, path, rewards, logp_ref, beta, clip=0.5, chunk=None):
@@ -275,8 +276,7 @@ def prdp_loss(process, model, path, rewards, logp_ref, beta, clip=0.5, chunk=Non
     free = error(old + change.sum(dim=1))
     near = error(old + clipped.sum(dim=1))
     active = (near > free) & (clipped != change).any(dim=1).view_as(rewards)
-    stats = {"clip_fraction": active.float().mean(), "passes": REPLAY * len(path.visits[0])}
-    return torch.maximum(free, near).mean(), stats
+    return torch.maximum(free, near).mean(), {"clip_fraction": active.float().mean()}
 
 # -----------------------------------------------------------------------------
 # the exact optimum of small spaces

@@ -194,6 +194,7 @@ def finetune(args, task, process, model, reference, data, exact, checkpoint):
     bar = progress("finetune", first, args.iters)
     for i in bar:
         seed_everything(args, 1, i)
+        model.passes = reference.passes = 0
         set_lr(optimizer, args.lr * decay(i, args.iters))
 
         # 1. roll out the current policy: G samples for each of P prompts
@@ -227,17 +228,15 @@ def finetune(args, task, process, model, reference, data, exact, checkpoint):
         # 4. take a few optimizer steps on this rollout
         rollout = SimpleNamespace(path=path, reward=reward, advantage=advantage, beta=beta,
                                   scale=scale, reference=reference, logp_ref=logp_ref, views=None)
-        clipped, passes = [], path.before + 2 * len(path.visits[0])         # rollout and replay
+        clipped = []
         if args.states == "neighbours":
             with torch.no_grad():
                 exactly = args.exact_neighbours
                 rollout.old = sepo.neighbours(process, model, path, exactly, args.steps)
-            passes += rollout.old[-1]
         for _ in range(args.updates):
             for loss, stats in policy_losses(args, process, model, rollout):
                 loss.backward()
                 clipped.append(stats["clip_fraction"])
-                passes += stats["passes"]
             step(args, model, optimizer)
         if args.ref_every and (i + 1) % args.ref_every == 0:
             reference.load_state_dict(model.state_dict())
@@ -247,7 +246,8 @@ def finetune(args, task, process, model, reference, data, exact, checkpoint):
         name = "kl_after_corrector" if args.corrector_steps else "kl"   # the path starts after it
         metrics = average({"reward": reward.mean(), "reward_std": reward.std(correction=0),
                            name: kl, "clip_fraction": torch.stack(clipped).mean()})
-        metrics.update(queries=(i + 1) * args.prompts * G, passes=passes * WORLD_SIZE)
+        metrics["queries"] = (i + 1) * args.prompts * G
+        metrics["passes"] = (model.passes + reference.passes) * WORLD_SIZE
         if MASTER and ((i + 1) % args.eval_every == 0 or i + 1 == args.iters):
             metrics.update(sample.evaluate(args, task, process, exact, model, path.tokens))
         log(args, bar, optimizer, phase="finetune", iter=i + 1, **metrics)

@@ -91,11 +91,11 @@ def updates(device):
             old = sepo.neighbours(process, model, path)
 
         def update(method, *more):
-            loss, stats = method(process, model, path, A, *more)
-            optimizer.zero_grad()
-            loss.backward()
+            model.passes = 0
+            method(process, model, path, A, *more)[0].backward()
             optimizer.step()
-            return stats["passes"]
+            optimizer.zero_grad()
+            return model.passes
         ours, n = seconds(lambda: update(sepo.sepo_loss), device, 20)
         published, m = seconds(lambda: update(sepo.neighbours_loss, old), device, 2)
         print(f"| {V}, {L}, {B} | {m:,} | {n:,} | {published:.2f} | {ours:.4f} | "

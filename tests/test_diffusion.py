@@ -272,7 +272,8 @@ def test_event_index_by_hand():
 
 
 def test_stratified_puts_one_uniform_in_each_cell():
-    u = stratified(50, torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    u = stratified(50)
     assert (u.mul(50).long().sort().values == torch.arange(50)).all() and u.max() < 1
 
 # -----------------------------------------------------------------------------
@@ -329,7 +330,8 @@ def test_the_absorbing_loss_is_score_entropy_and_weighted_cross_entropy():
     generator = torch.Generator().manual_seed(11)
     x0 = torch.randint(V, (64, L), generator=generator)
     t = 0.05 + 0.9 * torch.rand(64, generator=generator)
-    x = process.corrupt(x0, t, generator)
+    torch.manual_seed(11)
+    x = process.corrupt(x0, t)
     odds = ((1 - t) / t)[:, None].double()
     s = process.log_score(model, x, t).exp().double()                               # [B, L, V]
     own = pick(s, x0)
@@ -367,8 +369,8 @@ def test_the_uniform_loss_is_score_entropy_in_sedd_form():
     model, process, seen = model_for(Uniform, V, L), Uniform(V), []
     corrupt = process.corrupt
 
-    def spy(x0, t, generator=None):
-        seen.append((corrupt(x0, t, generator), t))
+    def spy(x0, t):
+        seen.append((corrupt(x0, t), t))
         return seen[0][0]
     process.corrupt = spy
     torch.manual_seed(6)
@@ -391,7 +393,7 @@ def test_the_uniform_loss_is_score_entropy_in_sedd_form():
 
 def test_uniform_levels_lie_above_the_cut_and_do_not_pile_up_on_it():
     seen, process = [], Uniform(2)
-    process.corrupt = lambda x0, t, generator=None: seen.append(t) or x0
+    process.corrupt = lambda x0, t: seen.append(t) or x0
     process.losses(lambda x, t: torch.zeros(*x.shape, 2), torch.zeros(10_000, 2, dtype=torch.long))
     t = seen[0].double()
     assert t.min() > 0.9 * Uniform.CUT and t.max() < 1
@@ -423,7 +425,8 @@ def test_given_slots_are_neither_noised_nor_scored_on_the_uniform_chain():
             seen.append(x)
             return inner(x, t) + shift * given[0, :, None] * torch.arange(V)
         with torch.no_grad():
-            return Uniform(V).losses(model, x0, torch.Generator().manual_seed(1), given)
+            torch.manual_seed(1)
+            return Uniform(V).losses(model, x0, given)
     assert torch.equal(losses(0), losses(3))
     assert (seen[0][given] == x0[given]).all() and (seen[0] != x0).any()
 

@@ -277,11 +277,12 @@ def test_importance_sampling_of_the_neighbours_tends_to_its_limit():
     weighted as drawn: sum_z pi(z|y) / pi(z|z) / sum_z 1 / pi(z|z)."""
     process, model = Absorbing(3), Table(3, 1)
     path = process.sample(model, 1, 1)
-    _, p, passes = sepo.neighbours(process, model, path, M=50_000)
+    path.tokens = path.tokens.expand(500, 1)
+    _, p = sepo.neighbours(process, model, path, M=200)
     pi = model(sequences(3, 1))[:, 0].softmax(-1).detach()      # [y, z]
     inverse = 1 / pi.diagonal()
     expected = (pi * inverse).sum(1) / inverse.sum()
-    assert torch.allclose(p[0, 0], expected, atol=0.02) and passes == 1 + 3 + 3 * 50_000
+    assert torch.allclose(p.mean(dim=0)[0], expected, atol=0.02)
 
 
 def test_terminal_scores_every_slot_at_a_low_noise_level_on_the_uniform_chain():
