@@ -430,13 +430,12 @@ class Absorbing(Chain):
 
     # exact law
 
-    def exact_law(self, model, length, steps=None, prompt=None):
+    def exact_law(self, model, length, steps=None):
         """Law of `sample` over all V**L sequences, in itertools.product order -> [V**L].
 
         Differentiable. It walks all (V+1)**L partly masked states; with a grid, N times."""
         states = every_sequence(self.vocab_size + 1, length, device_of(model))          # [S, L]
-        start = self.template(prompt, length).to(states.device)
-        mass = (states == start).all(dim=1).float()
+        mass = (states == self.mask).all(dim=1).float()
         if steps:
             mass = law_on_grid(self, model, mass, states, steps)
         else:
@@ -588,16 +587,13 @@ class Uniform(Chain):
 
     # exact law
 
-    def exact_law(self, model, length, steps=None, prompt=None):
+    def exact_law(self, model, length, steps=None):
         """Law of `sample` over all V**L sequences, in itertools.product order -> [V**L].
 
         Differentiable. It costs N passes over all sequences."""
         states = every_sequence(self.vocab_size, length, device_of(model))
-        prompt = self.template(prompt, length).to(states.device)
-        given = prompt != self.mask
-        mass = ((states == prompt) | ~given).all(dim=1).float()
-        mass = mass / mass.sum()
-        return law_on_grid(self, model, mass, states, steps or self.DEFAULT_STEPS, given)
+        mass = torch.full_like(states[:, 0], 1 / len(states), dtype=torch.float)
+        return law_on_grid(self, model, mass, states, steps or self.DEFAULT_STEPS)
 
     def kernel(self, model, x, t, s):
         """Law of each slot after a step from t to s -> [B, L, V]."""
@@ -612,14 +608,11 @@ def every_sequence(W, length, device=None):
     return torch.cartesian_prod(*[letters] * length).view(-1, length)
 
 
-def law_on_grid(process, model, mass, states, steps, given=None):
+def law_on_grid(process, model, mass, states, steps):
     """Push the mass [W**L] of all states through the N steps of the grid -> [W**L]."""
     for k in range(steps, 0, -1):
         step = torch.full_like(mass, k)                 # from t = k / N to s = (k - 1) / N
         kernel = process.kernel(model, states, step / steps, (step - 1) / steps)    # [W**L, L, W]
-        if given is not None:
-            frozen = F.one_hot(states, kernel.size(-1)).float()
-            kernel = torch.where(given[:, None], frozen, kernel)
         # slots move independently, so the move of a whole sequence is the product of the moves of
         # its halves, and the sum over all starting states is one matrix product
         half = kernel.size(1) // 2

@@ -95,6 +95,21 @@ def gradient(value, model):
     return torch.cat([part.flatten() for part in parts])
 
 
+def law_given(process, model, L, steps, prompt):
+    """The exact law of `sample` with a prompt [L]: that of its free slots, among all V**L."""
+    if prompt is None:
+        return process.exact_law(model, L, steps)
+    free, every = prompt == process.vocab_size, sequences(process.vocab_size, L)
+
+    def of_free_slots(x, t):
+        whole = prompt.repeat(len(x), 1)
+        whole[:, free] = x
+        return model(whole, t)[:, free]
+    law = process.exact_law(of_free_slots, int(free.sum()), steps)
+    fits = (free | (every == prompt)).all(dim=1)
+    return torch.zeros(len(every)).masked_scatter(fits, law)
+
+
 def kl(p, q):
     return (torch.xlogy(p, p) - torch.xlogy(p, q)).sum().item()
 

@@ -8,7 +8,7 @@ import torch
 import diffusion
 import sepo
 from diffusion import SCHEDULES, Absorbing, Uniform, event_index, pick, stratified
-from exact import (Posterior, Table, chi_square, every_path, kl, network, plain_loop,
+from exact import (Posterior, Table, chi_square, every_path, kl, law_given, network, plain_loop,
                    posterior_table, probability, random_law, rank, sequences)
 
 P_MIN = 1e-3
@@ -30,7 +30,7 @@ def model_for(chain, V, L, **config):
 def test_samples_follow_the_exact_law(chain, steps, prompt):
     model, process = model_for(chain, 3, 4), chain(3)
     torch.manual_seed(1)
-    law = process.exact_law(model, 4, steps, prompt)
+    law = law_given(process, model, 4, steps, prompt)
     path = process.sample(model, 10_000, 4, steps, prompt)
     assert law.sum().item() == pytest.approx(1, abs=1e-5)
     assert chi_square(path.tokens, law, 3) > P_MIN
@@ -47,7 +47,7 @@ def test_the_exact_law_is_the_sum_over_every_path(chain, steps, prompt):
     path, other = every_path(process, model, L, steps, prompt)
     p = probability(path, other)
     law = torch.zeros(V ** L).index_add(0, rank(path.tokens, V), p)
-    assert torch.allclose(law, process.exact_law(model, L, steps, prompt), atol=1e-6)
+    assert torch.allclose(law, law_given(process, model, L, steps, prompt), atol=1e-6)
 
 
 def test_a_grid_changes_the_law_and_chi_square_sees_it():

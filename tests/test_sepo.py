@@ -6,7 +6,7 @@ import torch
 
 import sepo
 from diffusion import Absorbing, Path, Uniform
-from exact import (Table, every_path, gradient, kl, network, posterior_table, probability,
+from exact import (Table, every_path, gradient, kl, law_given, network, posterior_table, probability,
                    random_law, sequences)
 
 KINDS = ["grpo", "dr_grpo", "loo", "ppo", "running"]
@@ -111,7 +111,7 @@ def test_sepo_and_loop_have_the_policy_gradient_of_the_sampler(chain, L, steps, 
     path, other = every_path(process, model, L, steps, prompt)
     weight = probability(path, other) * len(path.tokens)        # the loss averages over paths
     assert weight.mean().item() * len(weight) == pytest.approx(len(weight), rel=1e-4)
-    law = process.exact_law(model, L, steps, prompt)
+    law = law_given(process, model, L, steps, prompt)
     truth = gradient((law * some_reward(sequences(2, L))).sum(), model)
     A, view = weight * some_reward(path.tokens), everything(path)
     for mode in ("stop", "cap"):
