@@ -167,20 +167,20 @@ def windows(texts, length):
 # -----------------------------------------------------------------------------
 # the user's own data and reward
 
-def open_task(name, length=0, data="", pad="", crop=False, lines=False, reward=""):
+def open_task(name, length=0, data="", pad="", crop=False, reward=""):
     """The task as the flags of a run want it; raises BadInput for what cannot be used.
 
     length 0: the task's own. data: a file to pre-train on. reward: file.py:function."""
     if name not in TASKS:
         raise BadInput(f"task {name!r} is not in rewards.TASKS")
     task = replace(TASKS[name])                         # a copy, which may be changed
-    if (pad or crop or lines) and not data:
-        raise BadInput("--pad, --crop and --lines are for sequences from a file: give --data too")
+    if (pad or crop) and not data:
+        raise BadInput("--pad and --crop are for sequences from a file: give --data too")
     if len(pad) > 1 or not pad.isprintable():
         raise BadInput(f"--pad={pad}: one letter is needed")
     if length and length != task.length and task.make is None:
         raise BadInput(f"--length={length}: --task={name} has {task.length} slots")
-    as_text = task.is_text and not (pad or lines)
+    as_text = task.is_text and not (pad or crop)
     sequences = read_sequences(data, as_text) if data else []
     if task.make:
         task = task.make(length or task.length, "\n".join(sequences))
@@ -220,7 +220,7 @@ def read_sequences(file, as_text=False):
         return lines
     if len(lines) >= 20 and not any(" " in line for line in lines):
         raise BadInput(f"--data={file} looks like a list of sequences, not a running text: add "
-                       "--lines, and --pad=- if their lengths differ")
+                       "--pad=- to fill them up, or --crop to cut windows from each")
     return [" ".join(content.split())]
 
 

@@ -85,27 +85,23 @@ def main(argv=None):
 
 def run(args):
     names = ["pretrained", "finetuned"] if args.compare else [args.which]
-    drawn = {}
-    for name in names:
-        task, path, rewards = draw(args, args.run / f"{name}.pt")
-        drawn[name] = task.samples(path.tokens), rewards
-        if args.movie and name == args.which:
-            movie(task, path, args.movie)
-    if args.plot and task.reward is None:
-        raise BadInput("--plot: the run's reward is not there")
+    drawn = {name: draw(args, args.run / f"{name}.pt") for name in names}
     if args.plot:
         histograms(drawn, args.plot)
-    if args.compare:
-        print(f"  reward  {names[0]:{max(14, task.length + 4)}}  reward  {names[1]}")
     show = FORMATS[args.format]
-    for i in range(args.n):
-        cells = [show(i, samples[i], rewards[i]) for samples, rewards in drawn.values()]
-        print("".join(f"{cell:{max(24, task.length + 14)}}" for cell in cells).rstrip())
+    columns = []
+    for name, (samples, rewards) in drawn.items():
+        cells = [show(i, samples[i], rewards[i]) for i in range(args.n)]
+        heading = [f"  reward  {name}"] if args.compare else []
+        width = max(map(len, heading + cells)) + 2
+        columns.append([cell.ljust(width) for cell in heading + cells])
+    for cells in zip(*columns):
+        print("".join(cells).rstrip())
     sys.stdout.flush()
 
 
 def draw(args, file):
-    """Samples of one model -> task, path, rewards (nan where there is no reward)."""
+    """Samples of one model -> strings, rewards (nan where there is no reward)."""
     task, process, model, steps, prompts = load_run(file)
     prompts = read_prompts(task, args.prompt, prompts, args.n)
     torch.manual_seed(args.seed)
@@ -115,9 +111,13 @@ def draw(args, file):
     rewards = [math.nan] * args.n
     if task.reward is not None:
         rewards = ask(task, path.tokens).tolist()
+    elif args.plot:
+        raise BadInput("--plot: the run's reward is not there")
     distinct, mean = len(path.tokens.unique(dim=0)), sum(rewards) / args.n
     print(f"{file}: {args.n} samples, {distinct} distinct, mean reward {mean:.3f}", file=sys.stderr)
-    return task, path, rewards
+    if args.movie:
+        movie(task, path, args.movie)
+    return task.samples(path.tokens), rewards
 
 
 def read_prompts(task, text, prompts, n):
@@ -153,8 +153,7 @@ def load_model(file):
 
 
 def task_of(args):
-    return open_task(args.task, args.length, args.data, args.pad, args.crop, args.lines,
-                     args.reward)
+    return open_task(args.task, args.length, args.data, args.pad, args.crop, args.reward)
 
 
 def meta_of(args, task, model):

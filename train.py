@@ -9,12 +9,10 @@ A run writes to out/<task>: config.json, metrics.jsonl, curve.png, report.json, 
 finetuned.pt, and last.pt, the checkpoint that --resume continues from.
 """
 import argparse
-import difflib
 import json
 import math
 import os
 import random
-import re
 import signal
 import sys
 import time
@@ -470,14 +468,6 @@ def absolute(text):
     return os.path.abspath(text) if text else ""
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):                           # one line, without two screens of usage
-        for word in re.findall(r"--(\w+)", message.partition("unrecognized")[2]):
-            for close in difflib.get_close_matches(word, [a.dest for a in self._actions], 1):
-                message += f"; did you mean --{close}?"
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     pass
 
@@ -487,8 +477,9 @@ def get_parser():
     epilog = "defaults that depend on task, process, method or clip mode:"
     for name, flags in DEFAULTS.items():
         epilog += f"\n  {name}: " + " ".join(f"--{flag}={value}" for flag, value in flags.items())
-    parser = Parser(usage="train.py [--flag=value ...]", description=__doc__, epilog=epilog,
-                    formatter_class=HelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(usage="train.py [--flag=value ...]", description=__doc__,
+                                     epilog=epilog, formatter_class=HelpFormatter,
+                                     allow_abbrev=False)
     add = parser.add_argument_group("the run").add_argument
     add("--task", choices=TASKS, default="toy", help="what to learn")
     add("--out", default="", help="folder for the results (empty: out/<task>)")
@@ -499,11 +490,10 @@ def get_parser():
     add = parser.add_argument_group("your own data, reward and model").add_argument
     add("--data", type=absolute, default="",
         help="file to pre-train on: FASTA or one sequence per line; for --task=text one running "
-        "text, unless --lines or --pad is given; .gz too")
+        "text, unless --pad or --crop is given; .gz too")
     add("--length", type=whole, default=0, help="sequence length (0: the task's)")
     add("--pad", default="", help="letter that fills up short sequences of --data")
     add("--crop", action="store_true", help="cut random windows from long sequences of --data")
-    add("--lines", action="store_true", help="the lines of --data are sequences, for text too")
     add("--reward", type=absolute, default="",
         help="file.py:function, list[str] -> list[float]; the file's measure, "
         "list[str] -> {column: number}, adds columns to the report")

@@ -302,11 +302,11 @@ def test_windows_of_a_genome_avoid_foreign_letters_and_say_so(tmp_path, capsys):
         open_task("dna", 206, file)
 
 
-def test_a_list_given_as_a_text_is_recognised_and_lines_makes_it_sequences(tmp_path):
+def test_a_list_given_as_a_text_is_recognised_and_crop_makes_it_sequences(tmp_path):
     file = write(tmp_path, "\n".join(["C1CCCCC1", "CCO-CC=O"] * 20))
-    with pytest.raises(BadInput, match="looks like a list of sequences, .* add --lines"):
+    with pytest.raises(BadInput, match="looks like a list of sequences, .* or --crop"):
         open_task("text", 8, file)
-    task = open_task("text", 8, file, lines=True)
+    task = open_task("text", 8, file, crop=True)
     assert set(rows(task, 50)[0]) <= {"C1CCCCC1", "CCO-CC=O"}
 
 
@@ -382,7 +382,7 @@ def test_missing_and_damaged_files_and_flags_that_need_one(tmp_path):
         with pytest.raises(BadInput, match=f"--data=.*{message}"):
             open_task("dna", 4, str(tmp_path / file) if file else str(tmp_path))
     for more in (dict(crop=True), dict(pad="-")):
-        with pytest.raises(BadInput, match="--pad, --crop and --lines are for"):
+        with pytest.raises(BadInput, match="--pad and --crop are for"):
             open_task("dna", **more)
     with pytest.raises(BadInput, match="--length=7: --task=toy has 6 slots"):
         open_task("toy", 7)
