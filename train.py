@@ -225,12 +225,9 @@ def finetune(args, task, process, model, reference, data, exact, checkpoint):
 
         # 4. take a few optimizer steps on this rollout
         rollout = SimpleNamespace(path=path, reward=reward, advantage=advantage, beta=beta,
-                                  scale=scale, reference=reference, logp_ref=logp_ref, views=None)
+                                  scale=scale, reference=reference, logp_ref=logp_ref, views=None,
+                                  old=None)
         clipped = []
-        if args.states == "neighbours":
-            with torch.no_grad():
-                exactly = args.exact_neighbours
-                rollout.old = sepo.neighbours(process, model, path, exactly, args.steps)
         for _ in range(args.updates):
             for loss, stats in policy_losses(args, process, model, rollout):
                 loss.backward()
@@ -270,8 +267,11 @@ def policy_losses(args, process, model, rollout):
                              args.clip, size)
         return
     if args.states == "neighbours":
-        yield sepo.neighbours_loss(process, model, path, advantage, rollout.old, args.clip,
-                                   args.exact_neighbours, args.steps)
+        which = dict(exact=args.exact_neighbours, steps=args.steps)
+        if rollout.old is None:
+            with torch.no_grad():
+                rollout.old = sepo.neighbours(process, model, path, **which)
+        yield sepo.neighbours_loss(process, model, path, advantage, rollout.old, args.clip, **which)
         return
     if args.states in ("noised", "terminal"):           # the same states in every update
         rollout.views = rollout.views or sepo.draw_view(process, path, args.states).split(size)
