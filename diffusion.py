@@ -61,16 +61,14 @@ class View:
     weight: Tensor                      # [n, k]  sum(weight * f) estimates sum f over the path
     logp_old: Tensor | None = None      # [n, k] log-probability of y when it was drawn
     s: Tensor | None = None             # [n]     on a grid: the time after the step
-    place: Tensor | None = None         # [n, k]  index of y in path.logp.flatten(1)
+    place: tuple | None = None          # index of y in path.logp; a part of a view has none
 
     def split(self, size):
         """Micro-batches of at most `size` states (0: no limit)."""
-        if not size:
-            return [self]
-        return [self.take(slice(i, i + size)) for i in range(0, len(self.row), size)]
-
-    def take(self, rows):
-        return View(*(None if part is None else part[rows] for part in vars(self).values()))
+        size = size or len(self.row)
+        parts = vars(self).values()
+        return [View(*(part[i:i + size] if isinstance(part, Tensor) else None for part in parts))
+                for i in range(0, len(self.row), size)]
 
 
 class Visits:
@@ -107,7 +105,10 @@ class Path(Visits):
     @cached_property
     def event(self):
         """[B, L]: in which forward pass of its row a slot was revealed (0, 1, ...); -1 if given."""
-        return event_index(self.time)
+        time, order = self.time.sort(dim=1, descending=True)
+        before = F.pad(time[:, :-1], (1, 0), value=math.inf)
+        rank = (time < before).cumsum(dim=1) - 1        # equal times share one; inf, as given: -1
+        return rank.gather(1, order.argsort(dim=1))
 
     @cached_property
     def n_events(self):
@@ -129,12 +130,12 @@ class Path(Visits):
 
     def view(self, row, event):
         """The states of rows [n] before their events [n], and the slots revealed there."""
-        tokens, index, event = self.tokens[row], self.event[row], event[:, None]
+        index, event = self.event[row], event[:, None]
         revealed, slots = (index == event).float().topk(self.width, dim=1)              # [n, k]
-        x = torch.where(index >= event, self.mask, tokens)
-        t = self.time[row, slots[:, 0]].clamp(max=1)
-        logp = self.logp[row].gather(1, slots)
-        return View(row, x, t, slots, tokens.gather(1, slots), revealed, logp, place=slots)
+        x = torch.where(index >= event, self.mask, self.tokens[row])
+        place = row[:, None], slots
+        t = self.time[place][:, 0].clamp(max=1)
+        return View(row, x, t, slots, self.tokens[place], revealed, self.logp[place], place=place)
 
 
 @dataclass
@@ -151,8 +152,7 @@ class GridPath(Visits):
 
     @cached_property
     def n_events(self):
-        B, N, _ = self.logp.shape
-        return torch.full((B,), N, device=self.logp.device)
+        return torch.full_like(self.tokens[:, 0], self.logp.size(1))                    # [B]
 
     def by_event(self, logp):
         return logp.sum(dim=2)                                                          # [B, N]
@@ -164,18 +164,8 @@ class GridPath(Visits):
         """The states of rows [n] before steps [n]; every slot is scored."""
         x, y = self.states[event, row], self.states[event + 1, row]
         t, s = self.time[event], self.time[event + 1]
-        free = (~self.given[row]).float()
-        L = free.size(1)
-        place = event[:, None] * L + torch.arange(L, device=row.device)
-        return View(row, x, t, None, y, free, self.logp[row, event], s, place)
-
-
-def event_index(time):
-    """Reveal times [B, L] -> their rank from the latest down, equal times sharing one; inf: -1."""
-    value, order = time.sort(dim=1, descending=True)
-    before = F.pad(value[:, :-1], (1, 0), value=math.inf)
-    rank = (value < before).cumsum(dim=1) - 1           # no time is below inf: given slots get -1
-    return torch.empty_like(order).scatter_(1, order, rank)
+        free, place = (~self.given[row]).float(), (row, event)
+        return View(row, x, t, None, y, free, self.logp[place], s, place)
 
 
 def pick(log_w, y):
@@ -195,19 +185,19 @@ def draw(logits, generator=None):
     return (logits + noise).argmax(dim=-1)
 
 
-def logits_at(model, x, t, slots):
+def logits_at(model, x, t, slots=None):
     """The model's logits at slots [n, k] alone -> [n, k, V], or at every slot (None) -> [n, L, V];
-    a Denoiser skips the other slots."""
+    a Denoiser skips the other slots. Another model may give -inf: here that becomes finite."""
     if hasattr(model, "logits_at"):
         return model.logits_at(x, t, slots)
-    logits = model(x, t)
+    logits = model(x, t).clamp(min=LOG_ZERO)
     return logits if slots is None else logits.take_along_dim(slots[..., None], dim=1)
 
 
 def device_of(model):
     """Where the model's parameters live; the CPU for a plain function."""
-    parameters = list(model.parameters()) if hasattr(model, "parameters") else []
-    return parameters[0].device if parameters else torch.device("cpu")
+    parameters = getattr(model, "parameters", tuple)()
+    return next((p.device for p in parameters), torch.device("cpu"))
 
 # -----------------------------------------------------------------------------
 # what both chains share
@@ -223,25 +213,38 @@ class Chain:
         self.mask = vocab_size          # in a prompt, on both chains: a slot that is free
         self.alpha, self.alpha_inverse = SCHEDULES[schedule]
 
-    def template(self, prompt, *shape):
-        """The prompt in every row, or nothing but free slots -> tokens of this shape."""
-        if prompt is None:
-            prompt = torch.tensor(self.mask)
-        return prompt.expand(shape)
-
     def loss(self, model, x0, given=None):
         """Score entropy of the data x0 [B, L] -> scalar, in nats per sequence.
 
         An estimate of a bound on -log p_theta(x0); with slots `given` [B, L], on minus the
         log-probability of the other slots given these. (Uniform cuts its integral: see there.)"""
-        return self.losses(model, x0, given=given).mean()
+        if given is None:
+            given = torch.zeros_like(x0, dtype=torch.bool)
+        return self.losses(model, x0, given).mean()
 
     @torch.no_grad()
-    def bound(self, model, x0, draws=128, given=None):
+    def bound(self, model, x0, draws=128):
         """The same for each sequence, averaged over draws -> mean [B], standard error [B], nats."""
-        losses = [self.losses(model, x0, given=given) for _ in range(draws)]
-        losses = torch.stack(losses)                                                    # [draws, B]
+        given = torch.zeros_like(x0, dtype=torch.bool)
+        losses = torch.stack([self.losses(model, x0, given) for _ in range(draws)])
         return losses.mean(dim=0), losses.std(dim=0) / draws ** 0.5
+
+    def corrupt(self, x0, t):
+        """x_t ~ q_t(. | x0): x0 [B, L], t [B] -> [B, L]."""
+        u = torch.rand(x0.shape, device=x0.device)
+        return torch.where(u < self.alpha(t)[:, None], x0, self.noise(x0))
+
+    def sample(self, model, batch, length, steps=None, prompt=None, generator=None):
+        """Draw sequences -> Path or GridPath.
+
+        steps: of the time grid. The absorbing chain needs none, and has no discretization error
+        without. prompt: [L] or [batch, L], the mask where a slot is free."""
+        if prompt is None:
+            prompt = torch.tensor(self.mask)
+        prompt = prompt.to(device_of(model)).expand(batch, length)
+        given = prompt != self.mask
+        x = torch.where(given, prompt, self.noise(prompt, generator))
+        return self.denoise(model, x, given, 1.0, steps or self.DEFAULT_STEPS, generator)
 
     def path_view(self, path, events=1):
         """`events` random states per path that the sampler visited -> View, weighted so that the
@@ -263,11 +266,11 @@ class Chain:
         def score(view):
             return pick(self.log_law(model, view), view.y) * view.weight                # [n, k]
 
-        total = torch.zeros_like(path.logp).flatten(1)
+        total = torch.zeros_like(path.logp)
         for view in path.views(chunk):
             logp = checkpoint(score, view, use_reentrant=False, preserve_rng_state=False)
-            total = total.index_put((view.row[:, None], view.place), logp, accumulate=True)
-        return total.view_as(path.logp)
+            total = total.index_put(view.place, logp, accumulate=True)
+        return total
 
     @torch.no_grad()
     def correct(self, model, x, t, steps, given=None):
@@ -298,9 +301,8 @@ class Chain:
             t = max(1, round(t * steps)) / steps
         x, given = path.tokens, path.given
         noised = self.corrupt(x, torch.full((len(x),), t, device=x.device))
-        start = self.correct(model, torch.where(given, x, noised), t, moves, given)
-        prompt = torch.where(given, x, self.mask)
-        return self.sample(model, *x.shape, steps, prompt, start=(start, t))
+        x = self.correct(model, torch.where(given, x, noised), t, moves, given)
+        return self.denoise(model, x, given, t, steps)
 
 # -----------------------------------------------------------------------------
 # the absorbing chain
@@ -310,10 +312,9 @@ class Absorbing(Chain):
 
     # forward process and training loss
 
-    def corrupt(self, x0, t):
-        """x_t ~ q_t(. | x0): x0 [B, L], t [B] -> [B, L]."""
-        u = torch.rand(x0.shape, device=x0.device)
-        return torch.where(u < self.alpha(t)[:, None], x0, self.mask)
+    def noise(self, x, generator=None):
+        """Tokens at time 1, in the place of x [B, L]."""
+        return self.mask
 
     def noised_view(self, x0, given, m=None):
         """x_t ~ q(. | x0) at a random noise level, all masked slots scored -> View.
@@ -330,12 +331,10 @@ class Absorbing(Chain):
         x = torch.where(masked, self.mask, x0)
         return View(row, x, t[:, 0].clamp(max=1), None, x0, (n / m)[:, None] * masked)
 
-    def losses(self, model, x0, given=None):
+    def losses(self, model, x0, given):
         """Denoising score entropy of x0 [B, L] at one random number of masks -> [B], nats.
 
         On the absorbing chain it equals MDLM's weighted cross-entropy (2406.07524)."""
-        if given is None:
-            given = torch.zeros_like(x0, dtype=torch.bool)
         view = self.noised_view(x0, given)
         logp = pick(self.log_law(model, view), view.y)                                  # [B, L]
         return -(view.weight * logp).sum(dim=1)
@@ -347,8 +346,7 @@ class Absorbing(Chain):
 
         At a masked slot, s = p_theta(v | x) alpha / (1 - alpha) (RADD, 2406.03736). A revealed
         slot cannot change: 0 at its own token, -inf elsewhere."""
-        alpha = self.alpha(t)[:, None, None]
-        masked = model(x, t).log_softmax(dim=-1) + (alpha / (1 - alpha)).log()
+        masked = model(x, t).log_softmax(dim=-1) + self.alpha(t).logit()[:, None, None]
         revealed = F.one_hot(x, self.vocab_size + 1)[..., :-1].log()
         return torch.where((x == self.mask)[..., None], masked, revealed)
 
@@ -356,12 +354,11 @@ class Absorbing(Chain):
         """Slot laws log w = log_softmax_v(log s(x)_{i,.}) at the view's slots -> [n, k, V].
 
         alpha / (1 - alpha) cancels: w is what the sampler draws the token from."""
-        logits = logits_at(model, view.x, view.t, view.slots)
-        return logits.clamp(min=LOG_ZERO).log_softmax(dim=-1)
+        return logits_at(model, view.x, view.t, view.slots).log_softmax(dim=-1)
 
     # sampling
 
-    def reveal_times(self, given, steps=None, generator=None, start=1.0):
+    def reveal_times(self, given, steps=None, start=1.0, generator=None):
         """The time at which each slot is revealed, from `start` down -> [B, L]; inf where given.
 
         It does not depend on any token, so all times are drawn before the first forward pass.
@@ -373,13 +370,9 @@ class Absorbing(Chain):
             time = (time * steps).ceil().clamp(1, steps) / steps
         return time.masked_fill(given, math.inf)
 
-    def sample(self, model, batch, length, steps=None, prompt=None, generator=None, start=None):
-        """Draw sequences -> Path. steps=None: no grid, and no discretization error.
-
-        prompt: [L] or [batch, L], the mask where a slot is free. start: a state [batch, L] and its
-        time, in place of the prompt at time 1."""
-        x, t = start or (self.template(prompt, batch, length).to(device_of(model)), 1.0)
-        time = self.reveal_times(x != self.mask, steps, generator, t)
+    def denoise(self, model, x, given, t, steps, generator=None):
+        """The reverse process from the state x [B, L] at time t -> Path. What is no mask stays."""
+        time = self.reveal_times(x != self.mask, steps, t, generator)
         return self.reveal(model, x, time, generator)
 
     @torch.no_grad()
@@ -398,9 +391,8 @@ class Absorbing(Chain):
             y = draw(logits, generator)                                                 # [n, k]
             logp = pick(logits.log_softmax(dim=-1), y)
             revealed = view.weight > 0                  # the rest is padding and stays as it was
-            row = view.row[:, None]
-            path.tokens[row, view.slots] = torch.where(revealed, y, view.y)
-            path.logp[row, view.slots] = torch.where(revealed, logp, view.logp_old)
+            path.tokens[view.place] = torch.where(revealed, y, view.y)
+            path.logp[view.place] = torch.where(revealed, logp, view.logp_old)
         return path
 
     # corrector and final samples
@@ -421,12 +413,11 @@ class Absorbing(Chain):
         slots = torch.arange(L, device=path.tokens.device).repeat(B)[:, None]           # [B L, 1]
         x = path.tokens.repeat_interleave(L, dim=0).scatter(1, slots, self.mask)        # [B L, L]
         logits = logits_at(model, x, torch.zeros(B * L, device=x.device), slots)
-        return logits.clamp(min=LOG_ZERO).log_softmax(dim=-1).view(B, L, -1)
+        return logits.log_softmax(dim=-1).view(B, L, -1)
 
-    def terminal_view(self, path):
-        """The final samples with one random free slot masked again -> View."""
-        one = torch.ones_like(path.tokens[:, 0])
-        return self.noised_view(path.tokens, path.given, m=one)
+    def terminal_view(self, x0, given):
+        """Final samples x0 [B, L] with one random free slot masked again -> View."""
+        return self.noised_view(x0, given, m=torch.ones_like(x0[:, 0]))
 
     # exact law
 
@@ -447,14 +438,12 @@ class Absorbing(Chain):
         V, L = self.vocab_size, states.size(1)
         place = (V + 1) ** torch.arange(L - 1, -1, -1, device=mass.device)  # state -> its index
         change = torch.arange(V, device=mass.device) - V                    # mask -> token v
-        is_masked = states == V
-        p = model(states, None).clamp(min=LOG_ZERO).softmax(dim=-1)                     # [S, L, V]
-        for m in range(L, 0, -1):
-            has_m = is_masked.sum(dim=1, keepdim=True) == m
-            s, i = (is_masked & has_m).nonzero(as_tuple=True)   # m slots of each of these states
-            target = s[:, None] + change * place[i, None]                               # [n, V]
-            flow = mass[s, None] * p[s, i] / m
-            mass = mass.index_add(0, target.flatten(), flow.flatten())
+        s, i = (states == V).nonzero(as_tuple=True)             # every masked slot of every state
+        target = s[:, None] + change * place[i, None]                                   # [n, V]
+        p = logits_at(model, states, None).softmax(dim=-1)[s, i]                        # [n, V]
+        for m in range(L, 0, -1):                       # all mass is on states of m masks
+            flow = mass[s, None] * p / m
+            mass = torch.zeros_like(mass).index_add(0, target.flatten(), flow.flatten())
         return mass
 
     def kernel(self, model, x, t, s):
@@ -462,7 +451,7 @@ class Absorbing(Chain):
         a_t, a_s = self.alpha(t)[:, None], self.alpha(s)[:, None]
         chance = (a_s - a_t) / (1 - a_t).clamp(min=2 ** -24)    # that a masked slot is revealed
         move = (chance * (x == self.mask))[..., None]                                   # [B, L, 1]
-        p = F.pad(model(x, t).clamp(min=LOG_ZERO).softmax(dim=-1), (0, 1))
+        p = F.pad(logits_at(model, x, t).softmax(dim=-1), (0, 1))
         return move * p + (1 - move) * F.one_hot(x, self.vocab_size + 1)
 
 # -----------------------------------------------------------------------------
@@ -486,13 +475,11 @@ class Uniform(Chain):
         keep = keep[:, None, None].clamp(max=1 - 2 ** -24)      # its log stays finite
         return keep * F.one_hot(x, self.vocab_size) + (1 - keep) / self.vocab_size
 
-    def corrupt(self, x0, t):
-        """x_t ~ q_t(. | x0): x0 [B, L], t [B] -> [B, L]."""
-        u = torch.rand(x0.shape, device=x0.device)
-        noise = torch.randint(self.vocab_size, x0.shape, device=x0.device)
-        return torch.where(u < self.alpha(t)[:, None], x0, noise)
+    def noise(self, x, generator=None):
+        """Tokens at time 1, in the place of x [B, L]."""
+        return torch.randint(self.vocab_size, x.shape, generator=generator, device=x.device)
 
-    def losses(self, model, x0, given=None):
+    def losses(self, model, x0, given):
         """Denoising score entropy (SEDD, 2310.16834) of x0 [B, L] at one random time -> [B], nats.
 
         The integral over t of sum_{i, v != x_i} (sigma'/V) (s_v - r_v log s_v + r_v (log r_v - 1)),
@@ -504,27 +491,19 @@ class Uniform(Chain):
         w = low + (high - low) * stratified(len(x0), x0.device)
         m = w ** 3
         t = self.alpha_inverse(1 - m)
-        x = self.corrupt(x0, t)
-        if given is not None:
-            x = torch.where(given, x0, x)
+        x = torch.where(given, x0, self.corrupt(x0, t))
         log_q = self.transition(x0, 1 - m).log()
         log_r = log_q - log_q.gather(-1, x[..., None])          # 0 at v = x_i
         z = self.log_score(model, x, t) - log_r
-        entropy = (log_r.exp() * (z.expm1() - z)).sum(dim=-1)                           # [B, L]
-        if given is not None:
-            entropy = entropy.masked_fill(given, 0)
+        entropy = (log_r.exp() * (z.expm1() - z)).sum(dim=-1).masked_fill(given, 0)     # [B, L]
         dm = 3 * w ** 2 * (high - low)
         return dm / (1 - m) / self.vocab_size * entropy.sum(dim=1)
-
-    def noised_view(self, x0, given):
-        raise ValueError("states=noised scores masked slots, and uniform noise has none")
 
     # concrete score
 
     def log_ratio(self, logits, x, t, s):
         """log sum_{x0} p(x0 | x_t) q_s(v | x0) / q_t(x | x0) -> [n, k, V]; x [n, k], t, s [n]."""
-        log_p = logits.clamp(min=LOG_ZERO).log_softmax(dim=-1)
-        log_p = log_p - self.transition(x, self.alpha(t)).log()
+        log_p = logits.log_softmax(dim=-1) - self.transition(x, self.alpha(t)).log()
         a = self.alpha(s)[:, None, None]
         redrawn = log_p.logsumexp(dim=-1, keepdim=True) + ((1 - a) / self.vocab_size).log()
         return torch.logaddexp(redrawn, log_p + a.log())
@@ -532,11 +511,11 @@ class Uniform(Chain):
     def log_kernel(self, model, x, t, s):
         """log p(x_s = v | x_t = x) -> [B, L, V], by Bayes' rule (D3PM, 2107.03006)."""
         step = self.transition(x, self.alpha(t) / self.alpha(s))
-        return self.log_ratio(model(x, t), x, t, s) + step.log()
+        return self.log_ratio(logits_at(model, x, t), x, t, s) + step.log()
 
     def log_score(self, model, x, t):
         """log s(x, t)_{i,v} = log p_t(x with slot i set to v) - log p_t(x) -> [B, L, V]; t > 0."""
-        return self.log_ratio(model(x, t), x, t, t)
+        return self.log_ratio(logits_at(model, x, t), x, t, t)
 
     def log_law(self, model, view):
         """Slot laws -> [n, L, V]: the sampler's kernel from t to s, or log_softmax(log s) at t."""
@@ -547,17 +526,13 @@ class Uniform(Chain):
     # sampling
 
     @torch.no_grad()
-    def sample(self, model, batch, length, steps=None, prompt=None, generator=None, start=None):
-        """Draw sequences in N = `steps` passes -> GridPath. prompt, start: see Absorbing."""
-        N, device = steps or self.DEFAULT_STEPS, device_of(model)
-        prompt = self.template(prompt, batch, length).to(device)
-        given = prompt != self.mask
-        noise = torch.randint(self.vocab_size, prompt.shape, generator=generator, device=device)
-        x, t = start or (torch.where(given, prompt, noise), 1.0)
-        time = torch.arange(round(t * N), -1, -1, device=device) / N
+    def denoise(self, model, x, given, t, N, generator=None):
+        """The reverse process from the state x [B, L] at time t, on a grid of N steps -> GridPath.
+        Given slots stay."""
+        time = torch.arange(round(t * N), -1, -1, device=x.device) / N
         states, logps = [x], []
         for t, s in zip(time[:-1], time[1:]):           # a step of the grid, from t to s
-            t, s = t.expand(batch), s.expand(batch)
+            t, s = t.expand(len(x)), s.expand(len(x))
             log_w = self.log_kernel(model, x, t, s)                                     # [B, L, V]
             x = torch.where(given, x, draw(log_w, generator))
             states.append(x)
@@ -575,15 +550,14 @@ class Uniform(Chain):
         largest = 1 + 1 / (1 - self.alpha(t))[:, None]
         return ((1 + score) / self.vocab_size / largest).scatter(1, token, 0)
 
-    def terminal_view(self, path):
-        """The final samples at a low noise level, every slot scored -> View."""
-        x = path.tokens
-        row = torch.arange(len(x), device=x.device)
-        t = self.alpha_inverse(torch.full((len(x),), 1 - self.TERMINAL_NOISE, device=x.device))
-        return View(row, x, t, None, x, (~path.given).float())
+    def terminal_view(self, x0, given):
+        """Final samples x0 [B, L] at a low noise level, every slot scored -> View."""
+        row = torch.arange(len(x0), device=x0.device)
+        alpha = torch.full_like(row, 1 - self.TERMINAL_NOISE, dtype=torch.float)
+        return View(row, x0, self.alpha_inverse(alpha), None, x0, (~given).float())
 
     def slot_laws(self, model, path):
-        return self.log_law(model, self.terminal_view(path))
+        return self.log_law(model, self.terminal_view(path.tokens, path.given))
 
     # exact law
 
@@ -602,7 +576,7 @@ class Uniform(Chain):
 # -----------------------------------------------------------------------------
 # exact laws of small spaces
 
-def every_sequence(W, length, device=None):
+def every_sequence(W, length, device):
     """All W**L sequences, in itertools.product order -> [W**L, L]."""
     letters = torch.arange(W, device=device)
     return torch.cartesian_prod(*[letters] * length).view(-1, length)
@@ -615,9 +589,8 @@ def law_on_grid(process, model, mass, states, steps):
         kernel = process.kernel(model, states, step / steps, (step - 1) / steps)    # [W**L, L, W]
         # slots move independently, so the move of a whole sequence is the product of the moves of
         # its halves, and the sum over all starting states is one matrix product
-        half = kernel.size(1) // 2
-        left, right = joint_law(kernel[:, :half]), joint_law(kernel[:, half:])
-        mass = ((left * mass[:, None]).T @ right).flatten()
+        left, right = map(joint_law, kernel.tensor_split(2, dim=1))
+        mass = torch.einsum("s,sa,sb->ab", mass, left, right).flatten()
     return mass
 
 
@@ -625,5 +598,5 @@ def joint_law(kernel):
     """Laws of l independent slots [S, l, W] -> their joint law [S, W**l]."""
     p = kernel.new_ones(len(kernel), 1)
     for law in kernel.unbind(dim=1):
-        p = (p[:, :, None] * law[:, None]).flatten(1)
+        p = torch.einsum("sa,sb->sab", p, law).flatten(1)
     return p

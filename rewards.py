@@ -13,7 +13,6 @@ import random
 import re
 import sys
 import traceback
-import zlib
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -83,10 +82,14 @@ class Task:
             self.check(string, repr(string), letters)
         return torch.tensor([[letters.index(c) for c in string] for string in strings])
 
-    def check(self, string, where, letters=None, hint=""):
+    def find(self, text):
+        """The tokens of a text [n], -1 for letters that are not in the alphabet."""
+        return torch.tensor([self.alphabet.find(c) for c in text])
+
+    def check(self, string, where, letters, hint=""):
         """Raises BadInput if the string has a letter that is not among `letters`."""
         for i, c in enumerate(string, 1):
-            if c not in (letters or self.alphabet):
+            if c not in letters:
                 raise BadInput(f"{c!r} at position {i} of {where} is not in {self.alphabet!r}"
                                f"{hint}")
 
@@ -145,24 +148,22 @@ def split(draw, is_held=is_held_out):
     return partial(side, False), partial(side, True)
 
 
-def windows(texts, length):
-    """Texts of tokens -> (data, held): windows [n, length], each of them equally likely.
+def windows(x, length):
+    """Tokens x [n], -1 where no window may lie -> (data, held): windows [n, length], each of them
+    equally likely.
 
     Held out is the last twentieth of all windows, less those that overlap one of the others."""
-    texts = [text for text in texts if len(text) >= length]
-    if not texts:
+    gaps = F.pad((x < 0).cumsum(dim=0), (1, 0))         # how many there are before each token
+    start = (gaps[length:] == gaps[:-length]).nonzero().squeeze(1)
+    if not len(start):
         raise BadInput(f"no sequence has {length} letters, the length of a window")
-    window = torch.cat(texts).unfold(0, length, 1)      # a view; some windows lie in two texts
-    owner = torch.cat([torch.full((len(text),), i) for i, text in enumerate(texts)])
-    start = (owner[:len(window)] == owner[length - 1:]).nonzero().squeeze(1)
     train, test = start.split([len(start) - len(start) // 20, len(start) // 20])
     test = test[test >= train[-1] + length]
 
-    def draw_from(start):
-        def draw(n, generator=None):
-            return window[start[torch.randint(len(start), (n,), generator=generator)]]
-        return draw
-    return draw_from(train), draw_from(test) if len(test) else None
+    def draw(start, n, generator=None):
+        first = start[torch.randint(len(start), (n,), generator=generator)]
+        return x.unfold(0, length, 1)[first]
+    return partial(draw, train), partial(draw, test) if len(test) else None
 
 # -----------------------------------------------------------------------------
 # the user's own data and reward
@@ -208,17 +209,16 @@ def read_sequences(file, as_text=False):
     try:
         with opened(file, "rt", encoding="utf-8-sig") as f:
             content = f.read().strip()
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+    except Exception as error:                          # not there, damaged, or no text
         raise BadInput(f"--data={file} cannot be read as text: {error}") from None
     if not content:
         raise BadInput(f"--data={file} is empty")
     if content.startswith(">"):
         records = content[1:].split("\n>")              # the first line of each is its name
         return ["".join(record.partition("\n")[2].split()) for record in records]
-    lines = [line.strip() for line in content.splitlines()]
     if not as_text:
-        return lines
-    if len(lines) >= 20 and not any(" " in line for line in lines):
+        return [line.strip() for line in content.splitlines()]
+    if content.count("\n") >= 20 and " " not in content:
         raise BadInput(f"--data={file} looks like a list of sequences, not a running text: add "
                        "--pad=- to fill them up, or --crop to cut windows from each")
     return [" ".join(content.split())]
@@ -232,40 +232,29 @@ def use_data(task, sequences, file, pad, crop):
         if pad in task.alphabet or any(pad in s for s in sequences):
             raise BadInput(f"--pad={pad} is a letter of {file} or of the task: choose another")
         task.alphabet, task.pad = task.alphabet + pad, pad
+        sequences = [s and s.ljust(task.length, pad) for s in sequences]
     if crop:                                            # windows avoid letters such as N
-        known = re.compile(f"[{re.escape(task.alphabet)}]+")
-        n_letters = sum(map(len, sequences))
-        sequences = [piece for s in sequences for piece in known.findall(s)]
-        n_foreign = n_letters - sum(map(len, sequences))
+        x = task.find("\n".join(sequences))
+        n_foreign = (x < 0).sum().item() - len(sequences) + 1
         if n_foreign:
             print(f"{file}: windows avoid {n_foreign:,} foreign letters", file=sys.stderr)
-    else:
-        for i, s in enumerate(sequences, 1):
-            check_sequence(task, s, f"sequence {i} of {file}")
-    if pad:
-        sequences = [s.ljust(task.length, pad) for s in sequences]
-    x = [task.encode([s])[0] for s in sequences]
-    if crop:
         task.data, task.held = windows(x, task.length)
     else:
-        task.data, task.held = whole_sequences(task, torch.stack(x))
-
-
-def check_sequence(task, s, where):
-    """Raises BadInput if a sequence of a file has a foreign letter or a wrong length."""
-    task.check(s, where, hint=": --data is FASTA or one sequence per line, and --crop avoids N and "
-               "other foreign letters")
-    if not s or len(s) > task.length or len(s) < task.length and not task.pad:
-        raise BadInput(f"{where} has {len(s)} letters, the task {task.length} slots: fill up with "
-                       "--pad=-, cut windows with --crop, or choose another --length")
-
-
-def whole_sequences(task, x):
-    """Sequences x [n, L] -> (data, held); by prompt, where there are prompts."""
-    held = is_held_out(x if task.given is None else x.where(task.given(x), 0))
-    if len(x) < 20 or held.all() or not held.any():     # too few to spare any
-        return lambda n, generator=None: x, None
-    return lambda n, generator=None: x[~held], lambda n, generator=None: x[held][:n]
+        for i, s in enumerate(sequences, 1):
+            where = f"sequence {i} of {file}"
+            task.check(s, where, task.alphabet, ": --data is FASTA or one sequence per line, and "
+                       "--crop avoids N and other foreign letters")
+            if len(s) != task.length:
+                raise BadInput(f"{where} has {len(s)} letters, the task {task.length} slots: "
+                               "fill up with --pad=-, cut windows with --crop, or choose another "
+                               "--length")
+        x = task.encode(sequences)
+        held = is_held_out(task.prompts(x) if task.given else x)
+        if len(x) < 20 or held.all():                   # too few to spare any
+            held = torch.zeros_like(held)
+        task.data, task.held = (lambda n, generator=None: x[~held]), None
+        if held.any():
+            task.held = lambda n, generator=None: x[held]
 
 
 def load_reward(name):
@@ -335,10 +324,9 @@ OTHER_STRAND = str.maketrans("ACGT", "TGCA")
 
 def site_pattern(consensus):
     """A regular expression that matches where a site starts, on either strand."""
-    forward = "".join(f"[{IUPAC[c]}]" for c in consensus)
-    letters = [IUPAC[c].translate(OTHER_STRAND) for c in reversed(consensus)]
-    backward = "".join(f"[{allowed}]" for allowed in letters)
-    return re.compile(f"(?={forward}|{backward})")
+    letters = [f"[{IUPAC[c]}]" for c in consensus]
+    backward = "".join(reversed(letters)).translate(OTHER_STRAND)
+    return re.compile(f"(?={''.join(letters)}|{backward})")
 
 
 PATTERNS = {name: site_pattern(consensus) for name, (consensus, _) in FACTORS.items()}
@@ -384,7 +372,7 @@ def one_hot(tokens):
 
 @cache
 @torch.enable_grad()
-def oracle(length, width=64, steps=60):
+def oracle(length):
     """A small convolutional network, one-hot [B, 4, L] -> activity [B, 1], fitted on few and noisy
     measurements, and stopped early since they are few. It takes GC for a cause: it can be hacked.
     Its seed is its own, so that all runs have the same oracle."""
@@ -395,11 +383,11 @@ def oracle(length, width=64, steps=60):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         y = truth + NOISE * torch.randn(MEASUREMENTS)
-        sites = [nn.Conv1d(4, width, 13, padding=6), nn.ReLU(), nn.AdaptiveAvgPool1d(1)]
-        head = [nn.Flatten(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 1)]
+        sites = [nn.Conv1d(4, 64, 13, padding=6), nn.ReLU(), nn.AdaptiveAvgPool1d(1)]
+        head = [nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 1)]
         net = nn.Sequential(*sites, *head)
     optimizer = torch.optim.AdamW(net.parameters(), 3e-3, weight_decay=0.1)
-    for _ in range(steps):
+    for _ in range(60):
         loss = F.mse_loss(net(x).squeeze(1), y)
         optimizer.zero_grad()
         loss.backward()
@@ -512,7 +500,7 @@ def make_text(length=48, text=""):
     task = Task("text", alphabet, length, None, None, make=make_text, is_text=True)
     task.reward = lambda tokens: [score(s) for s in task.samples(tokens)]
     if not text:
-        task.data, task.held = windows([task.encode([whole])[0]], length)
+        task.data, task.held = windows(task.find(whole), length)
     return task
 
 

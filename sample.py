@@ -13,7 +13,6 @@ import json
 import math
 import os
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -33,29 +32,21 @@ FORMATS = {                             # of sample i and its reward, which may 
 # -----------------------------------------------------------------------------
 # the command line
 
-def at_least(low, kind=int):
-    """An argparse type: a finite number that is not below `low`."""
+def number(kind, low, below=math.inf):
+    """An argparse type: an int or a float that is at least `low`, and below `below`."""
     def convert(text):
         value = kind(text)
-        if not low <= value < math.inf:
+        if not low <= value < below:
             raise ValueError
         return value
-    convert.__name__ = f"{kind.__name__} >= {low}"      # argparse says: invalid int >= 1 value: '0'
+    convert.__name__ = f"{kind.__name__} in [{low}, {below})"       # for argparse's messages
     return convert
-
-
-def inside(text):
-    """An argparse type: a number between 0 and 1, without the ends."""
-    value = float(text)
-    if not 0 < value < 1:
-        raise ValueError
-    return value
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    count, whole = at_least(1), at_least(0)
+    count, whole = number(int, 1), number(int, 0)
     add = parser.add_argument
     add("--run", type=Path, default=Path("out/toy"), help="folder of a run of train.py")
     add("--which", choices=["pretrained", "finetuned"], default="finetuned", help="which model")
@@ -63,7 +54,7 @@ def main(argv=None):
     add("--n", type=count, default=10, help="number of samples")
     add("--steps", type=whole, help="steps of the time grid (default: the run's; 0: none)")
     add("--prompt", default="", help="given letters, with _ for free slots: TC____")
-    add("--temperature", type=at_least(0.001, float), default=1.0, help="divides the logits")
+    add("--temperature", type=number(float, 0.001), default=1.0, help="divides the logits")
     add("--seed", type=whole, default=0, help="seed of every random draw")
     add("--format", choices=FORMATS, default="text", help="of the samples")
     add("--movie", type=Path, help="file.gif: the reverse process of a few samples")
@@ -88,24 +79,25 @@ def run(args):
     drawn = {name: draw(args, args.run / f"{name}.pt") for name in names}
     if args.plot:
         histograms(drawn, args.plot)
-    show = FORMATS[args.format]
     columns = []
     for name, (samples, rewards) in drawn.items():
-        cells = [show(i, samples[i], rewards[i]) for i in range(args.n)]
-        heading = [f"  reward  {name}"] if args.compare else []
-        width = max(map(len, heading + cells)) + 2
-        columns.append([cell.ljust(width) for cell in heading + cells])
-    for cells in zip(*columns):
-        print("".join(cells).rstrip())
+        cells = [f"  reward  {name}"] if args.compare else []
+        cells += map(FORMATS[args.format], range(args.n), samples, rewards)
+        width = max(map(len, cells)) + 2
+        columns.append([cell.ljust(width) for cell in cells])
+    for row in zip(*columns):
+        print("".join(row).rstrip())
     sys.stdout.flush()
 
 
 def draw(args, file):
     """Samples of one model -> strings, rewards (nan where there is no reward)."""
-    task, process, model, steps, prompts = load_run(file)
-    prompts = read_prompts(task, args.prompt, prompts, args.n)
+    model, run, saved = load_model(file)
+    task = load_task(run, model.config.length, saved)
+    process = CHAINS[run.process](task.vocab_size, run.schedule)
+    prompts = read_prompts(task, args.prompt, saved["prompts"], args.n)
     torch.manual_seed(args.seed)
-    steps = steps if args.steps is None else args.steps
+    steps = run.steps if args.steps is None else args.steps
     policy = lambda x, t: model(x, t) / args.temperature
     path = process.sample(policy, args.n, task.length, steps, prompts)
     rewards = [math.nan] * args.n
@@ -142,41 +134,29 @@ def load(file):
 
 
 def load_model(file):
-    """A model saved by train.py -> model, all that the file holds."""
+    """A model saved by train.py -> model, the flags of its run, all that the file holds."""
     saved = load(file)
     try:
         model = Denoiser(Config(**saved["config"]))
         model.load_state_dict(saved["model"])
+        return model.eval(), argparse.Namespace(**saved["flags"]), saved
     except (KeyError, IndexError, TypeError, RuntimeError) as error:
         raise BadInput(f"{file} is not a model of train.py ({error.__class__.__name__})") from error
-    return model, saved
 
 
 def task_of(args):
     return open_task(args.task, args.length, args.data, args.pad, args.crop, args.reward)
 
 
-def meta_of(args, task, model):
-    """What a checkpoint holds beside the weights: all that sample.py needs."""
-    prompts = task.prompts(held_out_data(task, 256, args.seed)) if task.given else None
-    return dict(config=asdict(model.config), flags=args.saved, alphabet=task.alphabet,
-                pad=task.pad, prompts=prompts)
-
-
-def load_run(file):
-    """A model saved by train.py -> task, process, model, steps of the time grid, prompts.
-
-    Without the run's data or reward file the task has no reward: samples come without scores."""
-    model, saved = load_model(file)
-    args = argparse.Namespace(**saved["flags"])
+def load_task(args, length, saved):
+    """The task of a saved run. Without its data or reward file: no reward, so no scores."""
     try:
         task = task_of(args)
     except BadInput as error:
         print(f"no scores (nan): {error}", file=sys.stderr)
-        task = Task(args.task, saved["alphabet"], model.config.length, data=None, reward=None)
+        task = Task(args.task, "", length, data=None, reward=None)
     task.alphabet, task.pad = saved["alphabet"], saved["pad"]
-    process = CHAINS[args.process](task.vocab_size, args.schedule)
-    return task, process, model.eval(), args.steps, saved["prompts"]
+    return task
 
 # -----------------------------------------------------------------------------
 # what a run has learnt; train.py calls these
@@ -224,14 +204,12 @@ def report(args, task, process, exact, reference, model):
     rows = {}
     for name, (tokens, kl) in samples.items():
         reward = ask(task, tokens).mean().item()
-        row = dict(reward=reward, kl=kl, **diversity(tokens, task.vocab_size))
-        row.update(task.measure(tokens))
+        row = dict(reward=reward, kl=kl) | diversity(tokens, task.vocab_size) | task.measure(tokens)
         if exact and name == "fine-tuned":
             row.update(exact(model))
         rows[name] = row
         cells = [f"{key} {value:.3f}" for key, value in row.items() if value is not None]
-        print(f"{name:12} " + "  ".join(cells))
-        print("\n".join(f"    {s}" for s in task.samples(tokens[:4])))
+        print(f"{name:12} " + "  ".join(cells), *task.samples(tokens[:4]), sep="\n    ")
     (args.out / "report.json").write_text(json.dumps(rows, indent=2) + "\n")
     before, after = rows["pre-trained"], rows["fine-tuned"]
     if after["hamming"] < before["hamming"] / 2 or after["commonest"] > 1.5 * before["commonest"]:
@@ -251,16 +229,9 @@ def diversity(tokens, V):
 # -----------------------------------------------------------------------------
 # pictures
 
-def pyplot():
-    import matplotlib                                   # slow to import, so only when needed
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    return plt
-
-
 def plot_curve(out):
     """curve.png, from metrics.jsonl: four panels of quantities against the number of rewards."""
-    plt = pyplot()
+    from matplotlib.figure import Figure                # slow to import, so only when needed
     lines = [json.loads(line) for line in open(out / "metrics.jsonl")]
     lines = [line for line in lines if line["phase"] == "finetune"]
     panels = [["reward", "exact_reward", "best_reward", "pretrained_reward"], ["reward_std"],
@@ -268,8 +239,8 @@ def plot_curve(out):
     usual = {"phase", "iter", "queries", "passes"}.union(*panels)
     own = sorted(set().union(*lines) - usual)           # the task's own columns
     panels[1] = own or panels[1]
-    figure, axes = plt.subplots(2, 2, figsize=(10, 6), sharex=True)
-    for axis, keys in zip(axes.flat, panels):
+    figure = Figure(figsize=(10, 6))
+    for axis, keys in zip(figure.subplots(2, 2, sharex=True).flat, panels):
         for key in keys:
             points = [(line["queries"], line[key]) for line in lines if key in line]
             if points:
@@ -277,29 +248,30 @@ def plot_curve(out):
         axis.set_xlabel("rewards asked")
         axis.legend()
     figure.tight_layout()
-    figure.savefig(out / "curve.part.png", dpi=110)
-    os.replace(out / "curve.part.png", out / "curve.png")
-    plt.close(figure)
+    figure.savefig(out / "curve.png", dpi=110)
 
 
 def histograms(drawn, file):
-    plt = pyplot()
+    from matplotlib.figure import Figure
+    figure = Figure()
+    axis = figure.subplots()
     for name, (_, values) in drawn.items():
-        plt.hist(values, bins=30, alpha=0.6, label=f"{name}: mean {sum(values) / len(values):.3f}")
-    plt.xlabel("reward")
-    plt.legend()
-    plt.savefig(file, dpi=110)
-    plt.close()
+        axis.hist(values, bins=30, alpha=0.6, label=f"{name}: mean {sum(values) / len(values):.3f}")
+    axis.set_xlabel("reward")
+    axis.legend()
+    figure.savefig(file, dpi=110)
 
 
 def movie(task, path, file):
     """A GIF of the reverse process of eight samples: a row per sample, a cell per slot, grey while
     it is masked."""
-    plt = pyplot()
+    from matplotlib import colormaps
     from matplotlib.animation import FuncAnimation, PillowWriter
-    V, L, last = task.vocab_size, task.length, int(path.n_events[:8].max())
-    figure, axis = plt.subplots(figsize=(min(12, 1 + 0.35 * L), 3.5))
-    colours = plt.get_cmap("tab20", V).with_extremes(over="0.9")
+    from matplotlib.figure import Figure
+    last = int(path.n_events[:8].max())
+    figure = Figure(figsize=(min(12, 1 + 0.35 * task.length), 3.5))
+    axis = figure.subplots()
+    colours = colormaps["tab20"].resampled(task.vocab_size).with_extremes(over="0.9")
 
     def frame(j):
         state = path.state(j)[:8]
@@ -311,7 +283,6 @@ def movie(task, path, file):
 
     frames = list(range(last + 1)) + [last] * 4         # hold the result for a while
     FuncAnimation(figure, frame, frames).save(file, writer=PillowWriter(fps=2))
-    plt.close(figure)
 
 
 if __name__ == "__main__":

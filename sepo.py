@@ -88,18 +88,10 @@ def reward_scale(rewards, kind, baseline=None, beta=0.0):
     rounding = 1e-14 * rewards.abs().max()              # float64: a smaller deviation is none
     return torch.where(scale > rounding, scale, 0.0)
 
-
-def regularised(rewards, log_ratio, beta):
-    """The return of each path, R - beta * log p_theta(path)/p_ref(path) -> [B], float64, detached.
-
-    rewards [B]; log_ratio in nats, shaped as path.logp. Its policy gradient has both parts of the
-    gradient of the KL, also the one through the states that are visited."""
-    return (rewards.double() - beta * log_ratio.flatten(1).sum(dim=1)).detach()
-
 # -----------------------------------------------------------------------------
 # SEPO
 
-def draw_view(process, path, states, events=1):
+def draw_view(process, path, states):
     """The states at which concrete scores are taken, one forward pass per view:
 
     path      a state that the sampler visited, and the slots that it revealed there
@@ -108,11 +100,11 @@ def draw_view(process, path, states, events=1):
     (The fourth choice of --states, the published estimator, is `neighbours_loss`.)
     """
     if states == "path":
-        return process.path_view(path, events)
+        return process.path_view(path)
     if states == "noised":
         return process.noised_view(path.tokens, path.given)
     if states == "terminal":
-        return process.terminal_view(path)
+        return process.terminal_view(path.tokens, path.given)
     raise ValueError(f"unknown states {states!r}: path, noised or terminal")
 
 
@@ -123,16 +115,18 @@ def surrogate(log_ratio, A, clip, mode="stop"):
     cap   the same number as a detached coefficient of the log-probability (SEPO's own loss): for
           A > 0 the gradient is capped, and it never stops. CISPO (2506.13585) caps both signs."""
     ratio = log_ratio.clamp(-20, 20).exp()
-    clipped = ratio.clamp(1 - clip, 1 + clip) * A
-    active = ratio * A > clipped
-    smaller = torch.minimum(ratio * A, clipped)
-    return smaller.detach() * log_ratio if mode == "cap" else smaller, active
+    free, clipped = ratio * A, ratio.clamp(1 - clip, 1 + clip) * A
+    smaller = torch.minimum(free, clipped)
+    return smaller.detach() * log_ratio if mode == "cap" else smaller, free > clipped
 
 
-def share(active, weight):
-    """Of the scored tokens, the share at which the clip is active."""
+def policy_loss(objective, active, weight, path):
+    """-> minus the weighted objective per sample; and among the stats clip_fraction, the share of
+    scored terms at which the clip is active."""
     scored = weight > 0
-    return (active & scored).sum() / scored.sum().clamp(min=1)
+    clipped = (active & scored).sum() / scored.sum().clamp(min=1)
+    loss = -(weight * objective).sum() / len(path.tokens)
+    return loss, {"clip_fraction": clipped}
 
 
 def sepo_loss(process, model, path, advantages, states="path", clip=0.2, clip_mode="stop",
@@ -170,8 +164,7 @@ def sepo_loss(process, model, path, advantages, states="path", clip=0.2, clip_mo
         with torch.no_grad():
             log_ref = process.log_law(reference, view)
         objective = objective - beta * (w * (log_w - log_ref)).sum(dim=-1)
-    loss = -(view.weight * objective).sum() / len(path.tokens)
-    return loss, {"clip_fraction": share(active, view.weight)}
+    return policy_loss(objective, active, view.weight, path)
 
 # -----------------------------------------------------------------------------
 # SEPO's published estimator: all sequences that differ from the sample in one slot
@@ -186,16 +179,15 @@ def neighbours(process, model, path, exact=False, steps=None, M=2):
     log_w = process.slot_laws(model, path)                                              # [B, L, V]
     log_s = log_w - pick(log_w, x)[..., None]
     B, L, V = log_s.shape
-    changed = torch.eye(L, dtype=torch.bool, device=x.device)[:, None]                  # [L, 1, L]
-    letters = torch.arange(V, device=x.device)[:, None]                                 # [V, 1]
-    y = torch.where(changed, letters, x[:, None, None])                             # [B, L, V, L]
+    slots = torch.arange(L, device=x.device).repeat_interleave(V).repeat(B)[:, None]
+    letters = torch.arange(V, device=x.device).repeat(B * L)[:, None]
+    y = x.repeat_interleave(L * V, dim=0).scatter(1, slots, letters)                # [B L V, L]
     with torch.no_grad():
         if exact:
-            place = V ** torch.arange(L - 1, -1, -1, device=x.device)
-            return log_s, process.exact_law(model, L, steps)[(y * place).sum(dim=-1)]
-        slots = torch.arange(L, device=x.device).repeat_interleave(V).repeat(B)
-        p = importance_sampled(model, y.view(-1, L), slots[:, None], M)
-        return log_s, p.view(B, L, V)
+            p = process.exact_law(model, L, steps).view([V] * L)[y.unbind(dim=1)]
+        else:
+            p = importance_sampled(model, y, slots, M)
+    return log_s, p.view(B, L, V)
 
 
 def importance_sampled(model, y, slots, M):
@@ -214,8 +206,8 @@ def importance_sampled(model, y, slots, M):
         at_z = logits_at(model, z, t, slots).log_softmax(dim=-1)                        # [n, 1, V]
         given_z = pick(at_z, z.gather(1, slots)).exp()                                  # pi(z | z)
         weight = 1 / (given_z * given_y).clamp(min=1e-30)
-        total = total + weight * given_y
-        weights = weights + weight
+        total += weight * given_y
+        weights += weight
     return total / weights
 
 
@@ -234,8 +226,7 @@ def neighbours_loss(process, model, path, advantages, old, clip=0.2, exact=False
     objective, active = surrogate(log_ratio, advantages[:, None, None], clip, mode="cap")
     is_other = torch.arange(log_s.size(-1), device=p.device) != path.tokens[..., None]
     weight = p * (is_other & ~path.given[..., None])
-    loss = -(weight * objective).sum() / len(path.tokens)
-    return loss, {"clip_fraction": share(active, weight)}
+    return policy_loss(objective, active, weight, path)
 
 # -----------------------------------------------------------------------------
 # LOOP, REINFORCE, PRDP
@@ -252,66 +243,60 @@ def loop_loss(process, model, path, advantages, clip=0.2, view=None):
     log_ratio = ((logp - view.logp_old) * moved).sum(dim=1, keepdim=True)               # [n, 1]
     weight = view.weight.amax(dim=1, keepdim=True)
     objective, active = surrogate(log_ratio, advantages[view.row, None], clip)
-    loss = -(weight * objective).sum() / len(path.tokens)
-    return loss, {"clip_fraction": share(active, weight)}
+    return policy_loss(objective, active, weight, path)
 
 
-def prdp_loss(process, model, path, rewards, logp_ref, beta, clip=0.5, chunk=None):
+def prdp_loss(process, model, path, rewards, kl, beta, clip=0.5, chunk=None):
     """Proximal reward difference prediction (PRDP, 2402.08714) -> (loss, stats).
 
-    rewards [P, G]; logp_ref: log-probabilities under the reference, shaped as path.logp. At the
+    rewards [P, G]; kl [P, G]: log p(path)/p_ref(path) when the path was drawn, nats. At the
     optimum of J, d = beta log p(path)/p_ref(path) - R is the same for all paths of a prompt, if the
     conditionals of the reference agree with one law and an event moves one slot. Regressing each d
     on its group's mean is, without the clip, the regression of all pairs. The proximal clip keeps
     the log-ratio of every event to the policy that drew it within `clip` nats, and the larger of
     both errors counts. Divided by 2 beta: at theta_old its gradient is -(G - 1)/G that of J."""
-    def error(log_ratio):
-        d = beta * log_ratio.view_as(rewards) - rewards                                 # [P, G]
+    def error(change):
+        d = beta * (kl + change.sum(dim=1).view_as(kl)) - rewards                       # [P, G]
         return (d - d.mean(dim=1, keepdim=True)).square() / (2 * beta)
 
     new = process.replay(model, path, chunk)
     change = path.by_event(new - path.logp)                                             # [B, E]
     clipped = change.clamp(-clip, clip)
-    old = (path.logp - logp_ref).flatten(1).sum(dim=1)                                  # [B]
-    free = error(old + change.sum(dim=1))
-    near = error(old + clipped.sum(dim=1))
+    free, near = error(change), error(clipped)
     active = (near > free) & (clipped != change).any(dim=1).view_as(rewards)
     return torch.maximum(free, near).mean(), {"clip_fraction": active.float().mean()}
 
 # -----------------------------------------------------------------------------
 # the exact optimum of small spaces
 
-class Exact:
-    """Ground truth by enumeration: J of a model, beside the best that any law of the sample can do.
+def ground_truth(process, reference, reward, length, beta, steps=None):
+    """-> a function of a model: its J by enumeration, beside the best that any law can do.
 
-    Over laws p, J(p) = E_p[R] - beta KL(p || p_ref) is largest at p* ~ p_ref exp(R / beta), where
-    it is beta log E_ref exp(R / beta). share_of_optimum = (J - J_ref) / (J* - J_ref). The law is
-    that of `sample` without a corrector, and the KL that of the samples, not of the paths."""
-
-    def __init__(self, process, reference, reward, length, beta, steps=None):
-        """reward: the black box, tokens [V**L, L] -> float [V**L]; asked once."""
-        self.process, self.length, self.steps = process, length, steps
-        self.beta = max(beta, 1e-9)                     # at 0 the optimum is the largest reward
-        device = device_of(reference)
-        self.reward = reward(every_sequence(process.vocab_size, length, device)).double()
-        p_ref = self.law(reference)
-        self.log_ref = p_ref.log()                      # -inf for what it never draws
-        self.value_ref = (p_ref * self.reward).sum().item()
-        tilted = self.log_ref + self.reward / self.beta
-        self.optimum = self.beta * tilted.logsumexp(dim=0).item()
-        self.best_reward = (tilted.softmax(dim=0) * self.reward).sum().item()
-
+    reward: the black box, tokens [V**L, L] -> float [V**L]; asked once. Over laws p of the sample,
+    J(p) = E_p[R] - beta KL(p || p_ref) is largest at p* ~ p_ref exp(R / beta), where it is
+    beta log E_ref exp(R / beta). share_of_optimum = (J - J_ref) / (J* - J_ref). The law is that of
+    `sample` without a corrector, and the KL that of the samples, not of the paths."""
     @torch.no_grad()
-    def law(self, model):
-        p = self.process.exact_law(model, self.length, self.steps).double()             # [V**L]
+    def law(model):
+        p = process.exact_law(model, length, steps).double()                            # [V**L]
         return p / p.sum()                              # float32 sums to 1 only nearly
 
-    def __call__(self, model):
-        p = self.law(model)
-        reward = (p * self.reward).sum().item()
-        kl = (torch.xlogy(p, p) - p * self.log_ref.clamp(min=-100)).sum().item()
-        gain = reward - self.beta * kl - self.value_ref
-        room = self.optimum - self.value_ref            # 0 where all sequences have one reward
-        share = gain / room if room > 1e-9 * max(1, abs(self.value_ref)) else 1.0
-        return dict(exact_reward=reward, exact_kl=kl, share_of_optimum=share,
-                    best_reward=self.best_reward, pretrained_reward=self.value_ref)
+    beta = max(beta, 1e-9)                              # at 0 the optimum is the largest reward
+    R = reward(every_sequence(process.vocab_size, length, device_of(reference))).double()
+    p_ref = law(reference)
+    log_ref = p_ref.log()                               # -inf for what it never draws
+    value_ref = (p_ref * R).sum().item()
+    tilted = log_ref + R / beta
+    optimum = beta * tilted.logsumexp(dim=0).item()
+    best = (tilted.softmax(dim=0) * R).sum().item()
+    room = optimum - value_ref                          # 0 where all sequences have one reward
+
+    def evaluate(model):
+        p = law(model)
+        value = (p * R).sum().item()
+        kl = (torch.xlogy(p, p) - p * log_ref.clamp(min=-100)).sum().item()
+        gain = value - beta * kl - value_ref
+        share = gain / room if room > 1e-9 * max(1, abs(value_ref)) else 1.0
+        return dict(exact_reward=value, exact_kl=kl, share_of_optimum=share, best_reward=best,
+                    pretrained_reward=value_ref)
+    return evaluate

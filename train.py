@@ -28,29 +28,29 @@ from tqdm import tqdm
 
 import sample
 import sepo
-from diffusion import SCHEDULES, device_of
+from diffusion import SCHEDULES
 from model import Config, Denoiser
 from rewards import TASKS, BadInput, ask
-from sample import at_least, inside
+from sample import number
 
 RANK = int(os.environ.get("RANK", 0))               # set by torchrun; without it, one process
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 MASTER = RANK == 0                                  # the process that logs, saves and reports
 
 DEFAULTS = {                                        # that go with a choice of task, chain, method
-    "toy": dict(n_layer=2, n_embd=64),
-    "dna": dict(n_layer=1, n_embd=48, conv=25, pretrain_iters=1500, pretrain_lr=4e-3, steps=20,
-                group=64, updates=8, iters=100, lr=3e-4, eval_every=5),
-    "arithmetic": dict(n_layer=3, pretrain_iters=3000, pretrain_batch=256, pretrain_lr=1e-3,
-                       data_size=200000, prompts=16, group=16, updates=8, iters=120, lr=3e-4),
-    "text": dict(n_layer=2, n_embd=96, conv=7, dropout=0.1, pretrain_iters=2500, pretrain_lr=3e-3,
-                 data_size=100000, clip=0.2, updates=8, path_events=2, iters=80, lr=2e-4,
-                 beta=0.01, eval_every=5),
-    "uniform": dict(steps=16, pretrain_iters=2000, pretrain_lr=1e-3, iters=300),
-    "cap": dict(updates=4),
-    "loop": dict(advantage="loo", updates=8, path_events=0),
-    "prdp": dict(updates=8, path_events=0),
-    "reinforce": dict(advantage="running", updates=1, path_events=0),
+    "toy": "--n_layer=2 --n_embd=64",
+    "dna": "--n_layer=1 --n_embd=48 --conv=25 --pretrain_iters=1500 --pretrain_lr=4e-3 --steps=20 "
+           "--group=64 --updates=8 --iters=100 --lr=3e-4 --eval_every=5",
+    "arithmetic": "--n_layer=3 --pretrain_iters=3000 --pretrain_batch=256 --pretrain_lr=1e-3 "
+                  "--data_size=200000 --prompts=16 --group=16 --updates=8 --iters=120 --lr=3e-4",
+    "text": "--n_layer=2 --n_embd=96 --conv=7 --dropout=0.1 --pretrain_iters=2500 "
+            "--pretrain_lr=3e-3 --data_size=100000 --clip=0.2 --updates=8 --path_events=2 "
+            "--iters=80 --lr=2e-4 --beta=0.01 --eval_every=5",
+    "uniform": "--steps=16 --pretrain_iters=2000 --pretrain_lr=1e-3 --iters=300",
+    "cap": "--updates=4",
+    "loop": "--advantage=loo --updates=8 --path_events=0",
+    "prdp": "--updates=8 --path_events=0",
+    "reinforce": "--advantage=running --updates=1 --path_events=0",
 }
 
 # -----------------------------------------------------------------------------
@@ -87,9 +87,10 @@ def run(args):
     if source:
         model = load_pretrained(source, args, task)
     else:
-        model = new_model(args, task)
-    model.to(args.device)
-    if args.dtype == "bfloat16":
+        model = Denoiser(Config(task.vocab_size, task.length, args.n_layer, args.n_head,
+                                args.n_embd, args.dropout, args.process == "uniform", args.conv))
+    compiled(args, model).to(args.device)
+    if args.dtype == "bfloat16" or args.dtype == "auto" and args.device == "cuda":
         model.autocast = torch.bfloat16
 
     generator = torch.Generator().manual_seed(args.seed)
@@ -101,10 +102,11 @@ def run(args):
               f"results in {args.out}",
               file=sys.stderr)
     ask(task, data[:2])                                 # an error here costs less than later
-    meta = sample.meta_of(args, task, model)
+    meta = dict(config=vars(model.config), flags=args.saved, alphabet=task.alphabet, pad=task.pad,
+                prompts=task.prompts(sample.held_out_data(task, 256, args.seed)))
     checkpoint = open_out_dir(args)
     if not source:
-        pretrain(args, task, process, compiled(args, model), data, checkpoint)
+        pretrain(args, task, process, model, data, checkpoint)
     save(pretrained, model=model, **meta)
 
     # fine-tune
@@ -113,9 +115,9 @@ def run(args):
     exact = None                                        # ground truth, where the space is small
     if MASTER and task.is_small(args.steps):
         reward = partial(ask, task)
-        exact = sepo.Exact(process, reference, reward, task.length, args.beta, args.steps)
+        exact = sepo.ground_truth(process, reference, reward, task.length, args.beta, args.steps)
     try:
-        finetune(args, task, process, compiled(args, model), reference, data, exact, checkpoint)
+        finetune(args, task, process, model, data, exact, checkpoint)
     finally:                                            # an error loses nothing that was learnt
         if args.restored:
             save(args.out / "finetuned.pt", model=model, **meta)
@@ -128,31 +130,20 @@ def run(args):
         print(f"results are in {args.out}; next: python sample.py --run={args.out} --compare")
 
 
-def new_model(args, task):
-    config = Config(task.vocab_size, task.length, args.n_layer, args.n_head, args.n_embd,
-                    args.dropout, args.process == "uniform", args.conv)
-    try:
-        return Denoiser(config)
-    except ValueError as error:                         # sizes that do not fit
-        raise BadInput(f"the model cannot be made: {error}") from error
-
-
 def load_pretrained(file, args, task):
     """The model of --init, or of the run to resume; BadInput if it does not fit the run."""
-    model, saved = sample.load_model(file)
-    flags = saved.get("flags", {})
-    for name, here, there in (("alphabet", task.alphabet, saved.get("alphabet")),
-                              ("length", task.length, model.config.length),
-                              ("process", args.process, flags.get("process")),
-                              ("schedule", args.schedule, flags.get("schedule"))):
-        if here != there:
-            raise BadInput(f"{file} holds a model of {name} {there!r}: this run has {here!r}")
+    model, flags, saved = sample.load_model(file)
+    there = [saved["alphabet"], model.config.length, flags.process, flags.schedule]
+    here = [task.alphabet, task.length, args.process, args.schedule]
+    if here != there:
+        raise BadInput(f"{file} holds a model of alphabet, length, process and schedule {there}: "
+                       f"this run has {here}")
     return model
 
 
 def pretrain(args, task, process, model, data, checkpoint):
     """Minimize the score entropy of the data, or of what the prompt leaves open if there is one."""
-    optimizer = adamw(model, args.pretrain_lr, weight_decay=0.01)
+    optimizer = adamw(model, weight_decay=0.01)
     held_out = sample.held_out_data(task, 256, args.seed).to(args.device)
     batch = args.pretrain_batch // WORLD_SIZE
     state = dict(model=model, optimizer=optimizer)
@@ -164,12 +155,12 @@ def pretrain(args, task, process, model, data, checkpoint):
     bar = progress("pretrain", first, args.pretrain_iters)
     for i in bar:
         seed_everything(args, 0, i)
-        set_lr(optimizer, args.pretrain_lr * min((i + 1) / 50, decay(i, args.pretrain_iters)))
+        lr = args.pretrain_lr * min((i + 1) / 50, decay(i, args.pretrain_iters))
         x0 = data[torch.randint(len(data), (batch,), device=args.device)]               # [B, L]
         for part in x0.split(args.micro_batch or batch):
             loss = loss_of(part) * len(part) / batch
             loss.backward()
-        step(args, model, optimizer)
+        step(args, model, optimizer, lr)
 
         if (i + 1) % 50 == 0 or i + 1 == args.pretrain_iters:
             model.eval()
@@ -180,10 +171,10 @@ def pretrain(args, task, process, model, data, checkpoint):
         end_iteration(args, "pretrain", i, args.pretrain_iters, state)
 
 
-def finetune(args, task, process, model, reference, data, exact, checkpoint):
+def finetune(args, task, process, model, data, exact, checkpoint):
     """Roll out, ask for rewards, compute advantages, take a few optimizer steps; repeat."""
-    optimizer = adamw(model, args.lr, weight_decay=0.0)
-    reference = compiled(args, deepcopy(reference))     # of the KL; --ref_every moves it
+    optimizer = adamw(model, weight_decay=0.0)
+    reference = compiled(args, deepcopy(model).requires_grad_(False))   # --ref_every moves it
     baseline = sepo.Baseline()
     P, G = args.prompts // WORLD_SIZE, args.group
     state = dict(model=model, reference=reference, optimizer=optimizer, baseline=baseline)
@@ -193,7 +184,6 @@ def finetune(args, task, process, model, reference, data, exact, checkpoint):
     for i in bar:
         seed_everything(args, 1, i)
         model.passes = reference.passes = 0
-        set_lr(optimizer, args.lr * decay(i, args.iters))
 
         # 1. roll out the current policy: G samples for each of P prompts
         prompt = None
@@ -212,35 +202,32 @@ def finetune(args, task, process, model, reference, data, exact, checkpoint):
 
         # 3. what is each sample worth? its reward, minus beta times the KL that its path cost
         with torch.no_grad():
-            logp_ref = process.replay(reference, path, args.micro_batch)
-        log_ratio = path.logp - logp_ref                                    # shaped as path.logp
+            log_ratio = path.logp - process.replay(reference, path, args.micro_batch)
+        kl = log_ratio.flatten(1).sum(dim=1).view(P, G)                     # nats
         beta = args.beta * min(1, (i + 1) / max(1, args.beta_warmup))
-        in_return = beta if args.kl == "return" else 0
-        returns = sepo.regularised(reward.flatten(), log_ratio, in_return).view(P, G)
-        returns, rewards = gather(returns), gather(reward)                  # of all processes
+        cost = beta * kl if args.kl == "return" else 0
+        returns, rewards = gather(reward - cost), gather(reward)            # of all processes
         scale = sepo.reward_scale(rewards, args.advantage, baseline, beta)
         advantage = sepo.advantages(returns, args.advantage, baseline, scale)
         advantage = advantage.chunk(WORLD_SIZE)[RANK].flatten()                         # [P * G]
         baseline.update(returns, rewards)
 
         # 4. take a few optimizer steps on this rollout
-        rollout = SimpleNamespace(path=path, reward=reward, advantage=advantage, beta=beta,
-                                  scale=scale, reference=reference, logp_ref=logp_ref, views=None,
-                                  old=None)
+        rollout = SimpleNamespace(path=path, reward=reward, kl=kl, advantage=advantage, beta=beta,
+                                  scale=scale, reference=reference, kept=None)
         clipped = []
         for _ in range(args.updates):
             for loss, stats in policy_losses(args, process, model, rollout):
                 loss.backward()
                 clipped.append(stats["clip_fraction"])
-            step(args, model, optimizer)
+            step(args, model, optimizer, args.lr * decay(i, args.iters))
         if args.ref_every and (i + 1) % args.ref_every == 0:
             reference.load_state_dict(model.state_dict())
 
         # 5. log, draw, save
-        kl = log_ratio.flatten(1).sum(dim=1).mean()                         # nats
         name = "kl_after_corrector" if args.corrector_steps else "kl"   # the path starts after it
         metrics = average({"reward": reward.mean(), "reward_std": reward.std(correction=0),
-                           name: kl, "clip_fraction": torch.stack(clipped).mean()})
+                           name: kl.mean(), "clip_fraction": torch.stack(clipped).mean()})
         metrics["queries"] = (i + 1) * args.prompts * G
         metrics["passes"] = (model.passes + reference.passes) * WORLD_SIZE
         if MASTER and ((i + 1) % args.eval_every == 0 or i + 1 == args.iters):
@@ -263,19 +250,19 @@ def policy_losses(args, process, model, rollout):
     """(loss, stats) of the chosen method at the current weights; micro-batches add up."""
     path, advantage, size = rollout.path, rollout.advantage, args.micro_batch
     if args.algo == "prdp":
-        yield sepo.prdp_loss(process, model, path, rollout.reward, rollout.logp_ref, rollout.beta,
+        yield sepo.prdp_loss(process, model, path, rollout.reward, rollout.kl, rollout.beta,
                              args.clip, size)
         return
     if args.states == "neighbours":
         which = dict(exact=args.exact_neighbours, steps=args.steps)
-        if rollout.old is None:
-            with torch.no_grad():
-                rollout.old = sepo.neighbours(process, model, path, **which)
-        yield sepo.neighbours_loss(process, model, path, advantage, rollout.old, args.clip, **which)
+        with torch.no_grad():
+            rollout.kept = rollout.kept or sepo.neighbours(process, model, path, **which)
+        yield sepo.neighbours_loss(process, model, path, advantage, rollout.kept, args.clip,
+                                   **which)
         return
     if args.states in ("noised", "terminal"):           # the same states in every update
-        rollout.views = rollout.views or sepo.draw_view(process, path, args.states).split(size)
-        views = rollout.views
+        rollout.kept = rollout.kept or sepo.draw_view(process, path, args.states).split(size)
+        views = rollout.kept
     elif args.path_events == 0:                         # every event of every path
         views = path.views(size)
     else:
@@ -294,14 +281,10 @@ def policy_losses(args, process, model, rollout):
 # -----------------------------------------------------------------------------
 # optimizer steps, processes, seeds
 
-def adamw(model, lr, weight_decay):
-    optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=weight_decay, fused=True)
-    optimizer.skipped = torch.zeros((), device=device_of(model))     # updates in a row
+def adamw(model, weight_decay):
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=weight_decay, fused=True)
+    optimizer.skipped = 0                               # updates in a row
     return optimizer
-
-
-def set_lr(optimizer, lr):
-    optimizer.param_groups[0]["lr"] = lr
 
 
 def decay(i, total):
@@ -309,13 +292,11 @@ def decay(i, total):
     return max(0.05, 1 - i / total)
 
 
-def step(args, model, optimizer):
+def step(args, model, optimizer, lr):
     """Average the gradients over the processes, clip them, and step, unless they are not finite."""
-    if WORLD_SIZE > 1:
-        for p in model.parameters():
-            if p.grad is not None:
-                dist.all_reduce(p.grad)
-                p.grad /= WORLD_SIZE
+    optimizer.param_groups[0]["lr"] = lr
+    for p in model.parameters():
+        average_(p.grad)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
     # fused AdamW skips the step where found_inf is set (GradScaler's hook): no wait for the host
     optimizer.found_inf = (~norm.isfinite()).float()
@@ -337,14 +318,8 @@ def setup(args):
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.device == "cuda":
-        if not torch.cuda.is_available():
-            raise BadInput("--device=cuda: torch sees no CUDA device; use --device=cpu")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    if args.dtype == "auto":
-        args.dtype = "bfloat16" if args.device == "cuda" else "float32"
-    if args.prompts % WORLD_SIZE or args.pretrain_batch % WORLD_SIZE:
-        raise BadInput(f"--prompts and --pretrain_batch must be multiples of {WORLD_SIZE}")
-    if WORLD_SIZE > 1 and not dist.is_initialized():
+    if WORLD_SIZE > 1:
         dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
     args.stop = False
     args.restored = False                               # else the model is not what was learnt
@@ -375,13 +350,18 @@ def gather(rows):
     return torch.cat(parts)
 
 
+def average_(tensor):
+    """In place: the mean over the processes."""
+    if WORLD_SIZE > 1:
+        dist.all_reduce(tensor)
+        tensor /= WORLD_SIZE
+    return tensor
+
+
 def average(scalars):
     """{name: tensor} -> {name: float}, means over the processes."""
     values = torch.stack([value.detach().float() for value in scalars.values()])
-    if WORLD_SIZE > 1:
-        dist.all_reduce(values)
-        values /= WORLD_SIZE
-    return dict(zip(scalars, values.tolist()))
+    return dict(zip(scalars, average_(values).tolist()))
 
 # -----------------------------------------------------------------------------
 # log and checkpoints
@@ -398,37 +378,36 @@ def log(args, bar, optimizer, **metrics):
     if optimizer.skipped >= 20:
         raise BadInput("20 updates in a row were not finite: try a smaller learning rate")
     if MASTER:
-        shown = [k for k in ("loss", "reward", "kl", "share_of_optimum") if k in metrics]
-        bar.set_postfix({k: f"{metrics[k]:.3f}" for k in shown}, refresh=False)
+        shown = {"loss", "reward", "kl", "share_of_optimum"} & metrics.keys()
+        bar.set_postfix({name: metrics[name] for name in sorted(shown)}, refresh=False)
         with open(args.out / "metrics.jsonl", "a") as file:
             file.write(json.dumps(metrics) + "\n")
 
 
 def open_out_dir(args):
     """Start a new folder, or find where to continue -> the checkpoint."""
+    checkpoint = dict(phase="", log_size=0)
     if args.resume and (args.out / "last.pt").exists():
         checkpoint = sample.load(args.out / "last.pt")
-        if MASTER:                                      # what was logged after that is forgotten
-            os.truncate(args.out / "metrics.jsonl", checkpoint["log_size"])
-        return checkpoint
-    if MASTER:
+    if MASTER and not args.resume:
         args.out.mkdir(parents=True, exist_ok=True)
-        if not args.resume:
-            for name in ("pretrained.pt", "finetuned.pt", "last.pt", "report.json", "curve.png"):
-                (args.out / name).unlink(missing_ok=True)
+        for name in ("pretrained.pt", "finetuned.pt", "last.pt", "report.json", "curve.png"):
+            (args.out / name).unlink(missing_ok=True)
         (args.out / "config.json").write_text(json.dumps(args.saved, indent=2) + "\n")
-        (args.out / "metrics.jsonl").write_text("")
-    return dict(phase="pretrain", iter=0)
+    if MASTER:
+        with open(args.out / "metrics.jsonl", "a") as file:
+            file.truncate(checkpoint["log_size"])       # what was logged after that is forgotten
+    return checkpoint
 
 
 def restore(args, checkpoint, phase, state):
     """Load what was saved of a phase -> its first iteration that is left."""
     first = 0
-    if checkpoint["phase"] == phase:
-        first = checkpoint["iter"]
     try:
-        for name, part in state.items() if first else ():
-            part.load_state_dict(checkpoint[name])
+        if checkpoint["phase"] == phase:
+            first = checkpoint["iter"]
+            for name, part in state.items():
+                part.load_state_dict(checkpoint[name])
     except (KeyError, TypeError, RuntimeError, ValueError) as error:
         raise BadInput(f"{args.out / 'last.pt'} belongs to a run of another shape") from error
     args.restored = True
@@ -439,17 +418,14 @@ def end_iteration(args, phase, i, total, state):
     """Save last.pt if it is time to, or at the end, or if Ctrl-C was pressed; then stop."""
     stop = args.stop
     if WORLD_SIZE > 1:                                  # all processes stop at the same iteration
-        wish = torch.tensor(float(args.stop), device=args.device)
-        stop = average(dict(wish=wish))["wish"] > 0
+        stop = gather(torch.tensor([stop], device=args.device)).any()
     last = args.out / "last.pt"
     is_due = not last.exists() or time.time() - last.stat().st_mtime >= args.save_every
     if stop or is_due or i + 1 == total:
         log_size = (args.out / "metrics.jsonl").stat().st_size
         save(last, phase=phase, iter=i + 1, log_size=log_size, **state)
     if stop:
-        start = "python" if WORLD_SIZE == 1 else f"torchrun --nproc_per_node={WORLD_SIZE}"
-        command = f"{start} train.py --task={args.task} --out={args.out} --resume"
-        raise KeyboardInterrupt(f"stopped; continue with: {command}")
+        raise KeyboardInterrupt("stopped: the same command with --resume continues")
 
 
 def save(file, **parts):
@@ -463,120 +439,122 @@ def save(file, **parts):
 # -----------------------------------------------------------------------------
 # flags
 
-def absolute(text):
-    """An argparse type: a path that --resume and sample.py find from any folder."""
-    return os.path.abspath(text) if text else ""
-
-
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     pass
 
 
 def get_parser():
-    count, whole, real = at_least(1), at_least(0), at_least(0, float)
     epilog = "defaults that depend on task, process, method or clip mode:"
     for name, flags in DEFAULTS.items():
-        epilog += f"\n  {name}: " + " ".join(f"--{flag}={value}" for flag, value in flags.items())
+        epilog += f"\n  {name}: {flags}"
     parser = argparse.ArgumentParser(usage="train.py [--flag=value ...]", description=__doc__,
                                      epilog=epilog, formatter_class=HelpFormatter,
                                      allow_abbrev=False)
-    add = parser.add_argument_group("the run").add_argument
-    add("--task", choices=TASKS, default="toy", help="what to learn")
-    add("--out", default="", help="folder for the results (empty: out/<task>)")
-    add("--seed", type=whole, default=0, help="seed of every random draw")
-    add("--resume", action="store_true", help="continue the run in --out with its own flags")
-    add("--overwrite", action="store_true", help="replace the run in --out")
-    add("--save_every", type=whole, default=30, help="seconds between two saves of last.pt")
-    add = parser.add_argument_group("your own data, reward and model").add_argument
-    add("--data", type=absolute, default="",
-        help="file to pre-train on: FASTA or one sequence per line; for --task=text one running "
-        "text, unless --pad or --crop is given; .gz too")
-    add("--length", type=whole, default=0, help="sequence length (0: the task's)")
-    add("--pad", default="", help="letter that fills up short sequences of --data")
-    add("--crop", action="store_true", help="cut random windows from long sequences of --data")
-    add("--reward", type=absolute, default="",
-        help="file.py:function, list[str] -> list[float]; the file's measure, "
-        "list[str] -> {column: number}, adds columns to the report")
-    add("--init", type=absolute, default="", help="a pretrained.pt or finetuned.pt to start from: "
-        "no pre-training, and the network has its size")
-    add = parser.add_argument_group("system").add_argument
-    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: cuda if present")
-    add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
-        help="of matrix products; auto: bfloat16 on cuda")
-    add("--compile", action="store_true", help="torch.compile the transformer blocks")
-    add("--micro_batch", type=whole, default=0,
-        help="states per backward pass (0: all; loop, prdp: one per sample)")
-    add = parser.add_argument_group("noise").add_argument
-    add("--process", choices=sample.CHAINS, default="absorb", help="noise: masks or random letters")
-    add("--schedule", choices=SCHEDULES, default="linear", help="noise level over time")
-    add = parser.add_argument_group("model").add_argument
-    add("--n_layer", type=count, default=4, help="transformer blocks")
-    add("--n_head", type=count, default=4, help="attention heads")
-    add("--n_embd", type=count, default=128, help="channels of the residual stream")
-    add("--conv", type=whole, default=0, help="width of a convolution on the embeddings (0: none)")
-    add("--dropout", type=real, default=0.0, help="dropout, during pre-training only")
-    add = parser.add_argument_group("pre-training").add_argument
-    add("--pretrain_iters", type=count, default=800, help="optimizer steps")
-    add("--pretrain_batch", type=count, default=128, help="sequences per step")
-    add("--pretrain_lr", type=real, default=2e-3, help="peak learning rate")
-    add("--data_size", type=count, default=20000, help="sequences to generate, or windows to cut")
-    add = parser.add_argument_group("sampling").add_argument
-    add("--steps", type=whole, default=0, help="steps of the time grid (0: none; absorb only)")
-    add("--corrector_steps", type=whole, default=0,
-        help="moves of the corrector, which pulls samples towards the model's law, per rollout")
-    add("--corrector_t", type=inside, default=0.5, help="time at which the corrector runs")
-    add = parser.add_argument_group("fine-tuning").add_argument
-    add("--algo", choices=["sepo", "loop", "prdp", "reinforce"], default="sepo", help="method")
-    add("--iters", type=count, default=100, help="rollouts")
-    add("--prompts", type=count, default=1, help="prompts per rollout (P)")
-    add("--group", type=count, default=128, help="samples per prompt (G)")
-    add("--updates", type=count, default=16, help="optimizer steps per rollout")
-    add("--lr", "--learning_rate", type=real, default=1e-3,
-        help="initial learning rate; decays linearly to 5%%")
-    add("--states", choices=["path", "noised", "terminal", "neighbours"],
-        default="path", help="where SEPO takes the score; neighbours: its published estimator")
-    add("--exact_neighbours", action="store_true",
-        help="the neighbours' p(y) from the exact law (small spaces), not by importance sampling")
-    add("--path_events", type=whole, default=1, help="events scored per path and update (0: all)")
-    add("--advantage", choices=["grpo", "dr_grpo", "loo", "ppo", "running"], default="grpo",
-        help="advantage estimator")
-    add("--clip", type=real, default=0.1, help="clip of the ratio; prdp: of an event's log-ratio")
-    add("--clip_mode", choices=["stop", "cap"], default="stop",
-        help="stop: PPO's clip; cap: SEPO's own, a capped and detached coefficient")
-    add("--beta", type=real, default=0.1, help="KL weight: how much reward one nat of KL must "
-        "bring; try a tenth to a half of the spread of your rewards")
-    add("--beta_warmup", type=whole, default=0, help="rollouts over which beta grows from 0")
-    add("--kl", choices=["return", "loss"], default="return",
-        help="the KL in the return of each path, or in closed form in sepo's loss")
-    add("--ref_every", type=whole, default=0, help="rollouts between updates of the KL reference")
-    add("--consistency", type=real, default=0.0,
-        help="weight of the likelihood of own samples, for --states=noised: try 0.3")
-    add("--entropy", type=real, default=0.0, help="weight of the entropy bonus")
-    add("--grad_clip", type=real, default=1.0, help="largest gradient norm")
-    add = parser.add_argument_group("evaluation").add_argument
-    add("--eval_every", type=count, default=10, help="rollouts between evaluations")
-    add("--report_samples", type=whole, default=1000,
-        help="samples per model in the final report, at most the held-out ones; 0: no report")
+
+    def add(flag, default, help, low=0, below=math.inf):
+        """The default tells the type; a list is a choice, and its first value the default."""
+        kind = type(default)
+        if kind is bool:
+            group.add_argument(flag, action="store_true", help=help)
+        elif kind is list:
+            group.add_argument(flag, choices=default, default=default[0], help=help)
+        else:
+            group.add_argument(flag, type=number(kind, low, below), default=default, help=help)
+
+    group = parser.add_argument_group("the run")
+    add("--task", list(TASKS), "what to learn")
+    group.add_argument("--out", default="", help="folder for the results (empty: out/<task>)")
+    add("--seed", 0, "seed of every random draw")
+    add("--resume", False, "continue the run in --out with its own flags")
+    add("--overwrite", False, "replace the run in --out")
+    add("--save_every", 30, "seconds between two saves of last.pt")
+    group = parser.add_argument_group("your own data, reward and model")
+    path = group.add_argument
+    path("--data", type=os.path.abspath, help="file to pre-train on: FASTA or one sequence per "
+         "line; for --task=text one running text, unless --pad or --crop is given; .gz too")
+    add("--length", 0, "sequence length (0: the task's)")
+    group.add_argument("--pad", default="", help="letter that fills up short sequences of --data")
+    add("--crop", False, "cut random windows from long sequences of --data")
+    path("--reward", type=os.path.abspath, help="file.py:function, list[str] -> list[float]; the "
+         "file's measure, list[str] -> {column: number}, adds columns to the report")
+    path("--init", type=os.path.abspath, help="a pretrained.pt or finetuned.pt to start from: no "
+         "pre-training, and the network has its size")
+    group = parser.add_argument_group("system")
+    add("--device", ["auto", "cpu", "cuda"], "auto: cuda if present")
+    add("--dtype", ["auto", "float32", "bfloat16"], "of matrix products; auto: bfloat16 on cuda")
+    add("--compile", False, "torch.compile the transformer blocks")
+    add("--micro_batch", 0, "states per backward pass (0: all; loop, prdp: one per sample)")
+    group = parser.add_argument_group("noise")
+    add("--process", list(sample.CHAINS), "noise: masks or random letters")
+    add("--schedule", list(SCHEDULES), "noise level over time")
+    group = parser.add_argument_group("model")
+    add("--n_layer", 4, "transformer blocks", low=1)
+    add("--n_head", 4, "attention heads", low=1)
+    add("--n_embd", 128, "channels of the residual stream", low=1)
+    add("--conv", 0, "width of a convolution on the embeddings (0: none)")
+    add("--dropout", 0.0, "dropout, during pre-training only", below=1)
+    group = parser.add_argument_group("pre-training")
+    add("--pretrain_iters", 800, "optimizer steps", low=1)
+    add("--pretrain_batch", 128, "sequences per step", low=1)
+    add("--pretrain_lr", 2e-3, "peak learning rate")
+    add("--data_size", 20000, "sequences to generate, or windows to cut", low=1)
+    group = parser.add_argument_group("sampling")
+    add("--steps", 0, "steps of the time grid (0: none; absorb only)")
+    add("--corrector_steps", 0, "moves of the corrector, which pulls samples towards the model's "
+        "law, per rollout")
+    add("--corrector_t", 0.5, "time at which the corrector runs", low=0.001, below=1)
+    group = parser.add_argument_group("fine-tuning")
+    add("--algo", ["sepo", "loop", "prdp", "reinforce"], "method")
+    add("--iters", 100, "rollouts", low=1)
+    add("--prompts", 1, "prompts per rollout (P)", low=1)
+    add("--group", 128, "samples per prompt (G)", low=1)
+    add("--updates", 16, "optimizer steps per rollout", low=1)
+    group.add_argument("--lr", "--learning_rate", type=number(float, 0), default=1e-3,
+                       help="initial learning rate; decays linearly to 5%%")
+    add("--states", ["path", "noised", "terminal", "neighbours"],
+        "where SEPO takes the score; neighbours: its published estimator")
+    add("--exact_neighbours", False, "the neighbours' p(y) from the exact law (small spaces), not "
+        "by importance sampling")
+    add("--path_events", 1, "events scored per path and update (0: all)")
+    add("--advantage", ["grpo", "dr_grpo", "loo", "ppo", "running"], "advantage estimator")
+    add("--clip", 0.1, "clip of the ratio; prdp: of an event's log-ratio")
+    add("--clip_mode", ["stop", "cap"],
+        "stop: PPO's clip; cap: SEPO's own, a capped and detached coefficient")
+    add("--beta", 0.1, "KL weight: how much reward one nat of KL must bring; try a tenth to a half "
+        "of the spread of your rewards")
+    add("--beta_warmup", 0, "rollouts over which beta grows from 0")
+    add("--kl", ["return", "loss"],
+        "the KL in the return of each path, or in closed form in sepo's loss")
+    add("--ref_every", 0, "rollouts between updates of the KL reference")
+    add("--consistency", 0.0, "weight of the likelihood of own samples, for --states=noised: try "
+        "0.3")
+    add("--entropy", 0.0, "weight of the entropy bonus")
+    add("--grad_clip", 1.0, "largest gradient norm", low=0.001)
+    group = parser.add_argument_group("evaluation")
+    add("--eval_every", 10, "rollouts between evaluations", low=1)
+    add("--report_samples", 1000, "samples per model in the final report, at most the held-out "
+        "ones; 0: no report")
     return parser
 
 
 def parse_args(argv=None):
     """Flags; defaults depend on task, process and algorithm, or on the run to resume."""
     parser = get_parser()
-    first = parser.parse_args(argv)
-    for name in (first.task, first.process, first.algo, first.clip_mode):
-        parser.set_defaults(**DEFAULTS.get(name, {}))
-    out = Path(first.out or f"out/{first.task}")
+    args = parser.parse_args(argv)
+    out = Path(args.out or f"out/{args.task}")
     config = out / "config.json"
     fixed = {}                                          # flags that must stay as they were
-    if first.resume and not config.exists():
+    if args.resume and not config.exists():
         parser.error(f"--resume: {out} holds no run")
-    elif first.resume:
+    elif args.resume:
         fixed = json.loads(config.read_text())
-    elif config.exists() and not first.overwrite:
+    elif config.exists() and not args.overwrite:
         parser.error(f"{out} holds another run: use --resume, --overwrite or another --out")
-    parser.set_defaults(**{"processes": WORLD_SIZE, **fixed})
-    args = parser.parse_args(argv)
+    chosen = (args.task, args.process, args.algo, args.clip_mode)
+    defaults = parser.parse_args(" ".join(DEFAULTS.get(name, "") for name in chosen).split())
+    vars(defaults).update(fixed)
+    args = parser.parse_args(argv, defaults)
+    args.processes = WORLD_SIZE
     for name, value in fixed.items():
         if getattr(args, name) != value and name != "save_every":
             parser.error(f"--{name}={getattr(args, name)}: the run in {out} has {value}")
@@ -592,11 +570,14 @@ def check_combinations(parser, args):
     uniform = args.process == "uniform"
     options = args.kl != "return" or args.consistency or args.entropy or args.clip_mode != "stop"
     for wrong, message in [
-        (args.processes != WORLD_SIZE, f"--resume: the run had {args.processes} processes"),
+        (args.device == "cuda" and not torch.cuda.is_available(),
+         "--device=cuda: torch sees no CUDA device; use --device=cpu"),
+        (args.prompts % WORLD_SIZE or args.pretrain_batch % WORLD_SIZE,
+         f"--prompts and --pretrain_batch must be multiples of {WORLD_SIZE}"),
+        (args.n_embd % args.n_head or args.n_embd % 2,
+         "--n_embd must be even and a multiple of --n_head"),
         (uniform and args.states == "noised", "--states=noised needs masks: use --process=absorb"),
         (uniform and not args.steps, "--process=uniform needs a time grid: try --steps=16"),
-        (args.dropout >= 1, "--dropout must lie below 1"),
-        (not args.grad_clip, "--grad_clip must lie above 0"),
         (args.group == 1 and args.advantage in ("grpo", "dr_grpo", "loo"),
          "--group=1 leaves nothing to compare a sample with: add --advantage=running"),
         (args.consistency and args.states != "noised", "--consistency is for --states=noised"),

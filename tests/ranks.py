@@ -28,10 +28,10 @@ def main(file):
     everyone = train.gather(rewards)
     assert everyone.shape == (4, G)
     A = sepo.advantages(everyone, "loo").chunk(train.WORLD_SIZE)[train.RANK].flatten()
-    optimizer = train.adamw(model, 1e-3, 0.0)
+    optimizer = train.adamw(model, 0.0)
     for _ in range(5):
         sepo.loop_loss(process, model, path, A)[0].backward()
-        train.step(args, model, optimizer)
+        train.step(args, model, optimizer, 1e-3)
     mean = train.average(dict(reward=rewards.mean()))["reward"]
     if train.MASTER:
         torch.save(dict(reward=mean, rewards=everyone, model=model.state_dict()), file)

@@ -7,7 +7,7 @@ import torch
 
 import diffusion
 import sepo
-from diffusion import SCHEDULES, Absorbing, Uniform, event_index, pick, stratified
+from diffusion import SCHEDULES, Absorbing, Path, Uniform, pick, stratified
 from exact import (Posterior, Table, chi_square, every_path, kl, law_given, network, plain_loop,
                    posterior_table, probability, random_law, rank, sequences)
 
@@ -144,7 +144,7 @@ def test_event_loop_and_plain_loop_draw_the_same_tokens(steps, time_conditioning
     noise = -torch.empty(L, V).exponential_(generator=generator).log()
     given = torch.arange(L) < torch.tensor([0, 0, 5, 17, 30, 50, 63, 64])[:, None]
     x = torch.where(given, torch.randint(V, (B, L), generator=generator), V)
-    time = process.reveal_times(given, steps, generator)
+    time = process.reveal_times(given, steps, generator=generator)
 
     def model(x, t):
         return 1e6 * (inner(x, t) + noise)
@@ -265,10 +265,11 @@ def test_bfloat16_keeps_the_log_probabilities():
     assert (process.replay(model, path, chunk=100) - path.logp).abs().max() < 1e-2
 
 
-def test_event_index_by_hand():
+def test_events_by_hand():
     inf = math.inf
     time = torch.tensor([[0.5, 1.0, 0.5, 0.25], [inf, 0.1, 0.2, inf], [inf] * 4])
-    assert event_index(time).tolist() == [[1, 0, 1, 2], [-1, 1, 0, -1], [-1] * 4]
+    event = Path(time, time, time, 0).event
+    assert event.tolist() == [[1, 0, 1, 2], [-1, 1, 0, -1], [-1] * 4]
 
 
 def test_stratified_puts_one_uniform_in_each_cell():
@@ -375,7 +376,7 @@ def test_the_uniform_loss_is_score_entropy_in_sedd_form():
     process.corrupt = spy
     torch.manual_seed(6)
     x0 = torch.randint(V, (B, L))
-    losses = process.losses(model, x0)
+    losses = process.losses(model, x0, given=x0 < 0)
     x, t = seen[0]
     s = process.log_score(model, x, t).exp().double()
 
@@ -394,7 +395,7 @@ def test_the_uniform_loss_is_score_entropy_in_sedd_form():
 def test_uniform_levels_lie_above_the_cut_and_do_not_pile_up_on_it():
     seen, process = [], Uniform(2)
     process.corrupt = lambda x0, t: seen.append(t) or x0
-    process.losses(lambda x, t: torch.zeros(*x.shape, 2), torch.zeros(10_000, 2, dtype=torch.long))
+    process.loss(lambda x, t: torch.zeros(*x.shape, 2), torch.zeros(10_000, 2, dtype=torch.long))
     t = seen[0].double()
     assert t.min() > 0.9 * Uniform.CUT and t.max() < 1
     assert 0.4 < (t < 0.0100 ** 3 * 8).sum() / 10_000 / 0.0101 < 1.6       # w in [0.01, 0.02]: 1%
@@ -409,7 +410,7 @@ def test_the_mean_uniform_loss_of_the_true_posterior_is_the_entropy(name):
     torch.manual_seed(1)
     x0 = sequences(V, L)[torch.multinomial(p0, n, replacement=True)]
     with torch.no_grad():
-        losses = process.losses(lambda x, t: truth(x, 1 - process.alpha(t)), x0)
+        losses = process.losses(lambda x, t: truth(x, 1 - process.alpha(t)), x0, x0 < 0)
     entropy = -(p0 * p0.log()).sum().item()
     assert abs(losses.mean().item() - entropy) < 4 * losses.std().item() / n ** 0.5
 

@@ -20,7 +20,7 @@ RESULTS = (ROOT / "tests" / "RESULTS.md").read_text()
 
 def test_every_function_of_the_map_exists():
     equations = README.split("| equation | function |")[1].split("\n\n")[0]
-    source = "".join((ROOT / f"{name}.py").read_text() for name in ("diffusion", "sepo"))
+    source = "".join((ROOT / f"{name}.py").read_text() for name in ("diffusion", "sepo", "train"))
     names = [name for row in equations.splitlines()[2:]
              for name in re.findall(r"`(\w+)`", row.split("|")[2])]
     assert len(names) >= 15

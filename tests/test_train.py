@@ -204,7 +204,7 @@ def test_own_data_and_reward_and_a_start_from_a_saved_model(tmp_path, monkeypatc
     assert all(float(r) == pytest.approx(s.count("G") / 7, abs=1e-4) for r, s in drawn)
     torch.save(torch.zeros(3), "bare.pt")
     for args, message in (
-            (["--task=dna", "--init=a/pretrained.pt", "--length=8"], "holds a model of length 7: this run has 8"),
+            (["--task=dna", "--init=a/pretrained.pt", "--length=8"], "holds a model of .* 7, .*: this run has .* 8, "),
             (["--task=text", "--init=a/pretrained.pt"], "holds a model of"),
             ([*data, "--init=a/pretrained.pt", "--process=uniform"], "holds a model of"),
             ([*data, "--init=a/pretrained.pt", "--schedule=cosine"], "holds a model of"),
@@ -224,11 +224,11 @@ def test_own_data_and_reward_and_a_start_from_a_saved_model(tmp_path, monkeypatc
     (["--crop", "True"], "unrecognized arguments: True"),
     (["--group=1"], "--group=1 leaves nothing to compare a sample with"),
     (["--task=toi"], "argument --task: invalid choice: 'toi'"),
-    (["--iters=1.5"], "argument --iters: invalid int >= 1 value: '1.5'"),
-    (["--group=0"], "argument --group: invalid int >= 1 value: '0'"),
-    (["--lr=nan"], "argument --lr/--learning_rate: invalid float >= 0 value: 'nan'"),
+    (["--iters=1.5"], "argument --iters: invalid int in .1, inf. value: '1.5'"),
+    (["--group=0"], "argument --group: invalid int in .1, inf. value: '0'"),
+    (["--lr=nan"], "argument --lr/--learning_rate: invalid float in .0, inf. value: 'nan'"),
     (["--iters"], "argument --iters: expected one argument"),
-    (["--n_embd=30"], "n_embd must be even and a multiple of n_head"),
+    (["--n_embd=30"], "n_embd must be even and a multiple of --n_head"),
     (["--process=uniform", "--states=noised"], "--states=noised needs masks"),
     (["--process=uniform", "--steps=0"], "--process=uniform needs a time grid"),
     (["--algo=prdp", "--beta=0"], "--algo=prdp needs --path_events=0"),
@@ -246,7 +246,7 @@ def test_bad_flags_get_a_short_message_and_status_2(args, message, tmp_path, cap
 
 def test_a_run_is_not_resumed_by_another_number_of_processes(toy, monkeypatch, capsys):
     monkeypatch.setattr(train, "WORLD_SIZE", 2)
-    fails(train.main, ["--task=toy", f"--out={toy[0]}", "--resume"], "the run had 1 processes", capsys)
+    fails(train.main, ["--task=toy", f"--out={toy[0]}", "--resume"], "--processes=2: the run in .* has 1", capsys)
 
 
 def test_every_flag_is_explained_with_its_default():
@@ -353,17 +353,17 @@ def test_updates_that_are_not_finite_are_skipped_and_counted():
     args = type("Args", (), dict(grad_clip=1.0))
     model, twin = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
     twin.load_state_dict(model.state_dict())
-    optimizers = [train.adamw(m, 0.1, 0.0) for m in (model, twin)]
+    optimizers = [train.adamw(m, 0.0) for m in (model, twin)]
     one, nan = torch.ones(1, 1), torch.tensor([[float("nan")]])
     for m, optimizer, inputs in ((model, optimizers[0], (one, nan, nan, one, one)),
                                  (twin, optimizers[1], (one, one, one))):
         for x in inputs:
             m(x).sum().backward()
-            train.step(args, m, optimizer)
+            train.step(args, m, optimizer, 0.1)
     assert torch.equal(model.weight, twin.weight) and optimizers[0].skipped == 0
     for _ in range(3):
         model(nan).sum().backward()
-        train.step(args, model, optimizers[0])
+        train.step(args, model, optimizers[0], 0.1)
     assert optimizers[0].skipped == 3
 
 
@@ -381,14 +381,12 @@ def test_no_update_waits_for_the_device(extra, monkeypatch, tmp_path):
     args = train.parse_args([f"--out={tmp_path / 'none'}", *extra])
     model, process = network(4, 6), Absorbing(4)
     path = process.sample(model, 8, 6)
-    with torch.no_grad():
-        logp_ref = process.replay(model, path)
     A = sepo.advantages(torch.randn(1, 8)).flatten()
-    rollout = train.SimpleNamespace(path=path, reward=torch.randn(1, 8), advantage=A, beta=0.1,
-                                    scale=torch.ones(()), reference=model, logp_ref=logp_ref,
-                                    views=None)
+    rollout = train.SimpleNamespace(path=path, reward=torch.randn(1, 8), kl=torch.zeros(1, 8),
+                                    advantage=A, beta=0.1, scale=torch.ones(()), reference=model,
+                                    kept=None)
     next(train.policy_losses(args, process, model, rollout))        # draws what stays the same
-    optimizer, before = train.adamw(model, 1e-3, 0.0), model.head.weight.clone()
+    optimizer, before = train.adamw(model, 0.0), model.head.weight.clone()
 
     def forbidden(*_, **__):
         raise AssertionError("a host synchronisation")
@@ -399,7 +397,7 @@ def test_no_update_waits_for_the_device(extra, monkeypatch, tmp_path):
         for _ in range(2):
             for loss, _ in train.policy_losses(args, process, model, rollout):
                 loss.backward()
-            train.step(args, model, optimizer)
+            train.step(args, model, optimizer, 1e-3)
     assert not torch.equal(before, model.head.weight) and optimizer.skipped == 0
 
 # -----------------------------------------------------------------------------
@@ -414,7 +412,7 @@ def test_ctrl_c_finishes_the_iteration_saves_and_says_how_to_continue(tmp_path):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in err
-    assert f"continue with: python train.py --task=toy --out={tmp_path} --resume" in err
+    assert "the same command with --resume continues" in err
     last = torch.load(tmp_path / "last.pt", weights_only=True)
     assert last["phase"] == "finetune" and last["iter"] == lines(tmp_path)[-1]["iter"]
     assert weights(tmp_path)
@@ -587,10 +585,10 @@ def test_a_uniform_run_is_sampled_and_filmed(tmp_path, capsys):
 
 @pytest.mark.parametrize("args, message", [
     (["--run=nowhere"], "nowhere/finetuned.pt is missing"),
-    (["--n=0"], "invalid int >= 1 value"), (["--which=best"], "invalid choice: 'best'"),
+    (["--n=0"], "invalid int in .1, inf. value"), (["--which=best"], "invalid choice: 'best'"),
     (["--movie=a.png"], "a name that ends in .gif is needed"),
     (["--prompt=TC"], "--prompt=TC has 2 letters, the task 6 slots: write _ for a free slot"),
-    (["--prompt=TCX___"], "'X' at position 3"), (["--steps=-3"], "invalid int >= 0 value"),
+    (["--prompt=TCX___"], "'X' at position 3"), (["--steps=-3"], "invalid int in .0, inf. value"),
     (["--compare", "--format=fasta"], "--compare prints a table")])
 def test_bad_input_of_sample_gets_a_line(args, message, toy, capsys):
     fails(sample.main, [f"--run={toy[0]}", *args], message, capsys)
