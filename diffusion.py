@@ -273,6 +273,12 @@ class Chain:
         return total
 
     @torch.no_grad()
+    def path_kl(self, reference, path, chunk=None):
+        """log p(path)/p_ref(path) -> [B], nats: on average the KL of paths to a reference."""
+        log_ratio = path.logp - self.replay(reference, path, chunk)
+        return log_ratio.flatten(1).sum(dim=1)
+
+    @torch.no_grad()
     def correct(self, model, x, t, steps, given=None):
         """`steps` moves of the chain with generator Q_t + reverse Q_t at a fixed time t -> x.
 
@@ -452,7 +458,7 @@ class Absorbing(Chain):
         chance = (a_s - a_t) / (1 - a_t).clamp(min=2 ** -24)    # that a masked slot is revealed
         move = (chance * (x == self.mask))[..., None]                                   # [B, L, 1]
         p = F.pad(logits_at(model, x, t).softmax(dim=-1), (0, 1))
-        return move * p + (1 - move) * F.one_hot(x, self.vocab_size + 1)
+        return torch.lerp(F.one_hot(x, self.vocab_size + 1).float(), p, move)
 
 # -----------------------------------------------------------------------------
 # the uniform chain

@@ -65,12 +65,10 @@ class Block(nn.Module):
 class Denoiser(nn.Module):
     """logits[b, i, v] = log p_theta(x0_i = v | x_t) up to a constant per slot.
 
-    Raises ValueError for sizes that do not fit, and for a missing time."""
+    n_embd: even, and a multiple of n_head. Raises ValueError for a missing time."""
 
     def __init__(self, config):
         super().__init__()
-        if config.n_embd % config.n_head or config.n_embd % 2:
-            raise ValueError("n_embd must be even and a multiple of n_head")
         D = config.n_embd
         self.config = config
         self.autocast = None            # torch.bfloat16: the dtype of the blocks' matrix products

@@ -437,14 +437,12 @@ def sums(n, generator=None):
     place = torch.randint(PROMPT, 9, (n, 1), generator=generator)
     slip = torch.randint(1, 10, (n, 1), generator=generator)
     is_wrong = torch.rand(n, 1, generator=generator) < 0.5
-    digit = x.gather(1, place)
-    return x.scatter(1, place, torch.where(is_wrong, (digit + slip) % 10, digit))
+    return x.scatter(1, place, (x.gather(1, place) + slip * is_wrong) % 10)
 
 
 def operands(tokens):
     """The numbers a and b -> [B, 2]."""
-    tens, ones = tokens[:, [0, 3]], tokens[:, [1, 4]]
-    return 10 * tens + ones
+    return 10 * tokens[:, [0, 3]] + tokens[:, [1, 4]]
 
 
 def is_true(tokens):

@@ -43,40 +43,61 @@ def number(kind, low, below=math.inf):
     return convert
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    pass
+
+
+def flags_of(parser, title):
+    """-> add(flag, default, help), argparse's add_argument in short: the default tells the type;
+    False is a switch, None a path, and a list a choice, its first value the default."""
+    group = parser.add_argument_group(title)
+
+    def add(flag, default, help, low=0, below=math.inf):
+        kind = type(default)
+        if kind is bool:
+            group.add_argument(flag, action="store_true", help=help)
+        elif kind is list:
+            group.add_argument(flag, choices=default, default=default[0], help=help)
+        elif default is None:                           # found again from any folder
+            group.add_argument(flag, type=os.path.abspath, help=help)
+        elif kind is str:
+            group.add_argument(flag, default=default, help=help)
+        else:
+            convert = number(kind, low, below)
+            group.add_argument(*flag.split(), type=convert, default=default, help=help)
+    return add
+
+
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    count, whole = number(int, 1), number(int, 0)
-    add = parser.add_argument
-    add("--run", type=Path, default=Path("out/toy"), help="folder of a run of train.py")
-    add("--which", choices=["pretrained", "finetuned"], default="finetuned", help="which model")
-    add("--compare", action="store_true", help="both models, side by side")
-    add("--n", type=count, default=10, help="number of samples")
-    add("--steps", type=whole, help="steps of the time grid (default: the run's; 0: none)")
-    add("--prompt", default="", help="given letters, with _ for free slots: TC____")
-    add("--temperature", type=number(float, 0.001), default=1.0, help="divides the logits")
-    add("--seed", type=whole, default=0, help="seed of every random draw")
-    add("--format", choices=FORMATS, default="text", help="of the samples")
-    add("--movie", type=Path, help="file.gif: the reverse process of a few samples")
-    add("--plot", type=Path, help="file.png: histogram of the rewards")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter,
+                                     allow_abbrev=False)
+    add = flags_of(parser, "samples and pictures")
+    add("--run", "out/toy", "folder of a run of train.py")
+    add("--which", ["finetuned", "pretrained"], "which model")
+    add("--compare", False, "both models, side by side")
+    add("--n", 10, "number of samples", low=1)
+    add("--steps", -1, "steps of the time grid (0: none; -1: as the run)", low=-1)
+    add("--prompt", "", "given letters, with _ for free slots: TC____")
+    add("--temperature", 1.0, "divides the logits", low=0.001)
+    add("--seed", 0, "seed of every random draw")
+    add("--format", list(FORMATS), "of the samples")
+    add("--movie", "", "file.gif: the reverse process of a few samples")
+    add("--plot", "", "file.png: histogram of the rewards")
     args = parser.parse_args(argv)
     if args.compare and args.format != "text":
         parser.error(f"--compare prints a table: --format={args.format} is for one model")
-    for file, ending in ((args.movie, ".gif"), (args.plot, ".png")):
-        if file and file.suffix != ending:
-            parser.error(f"{file}: a name that ends in {ending} is needed")
     try:
         run(args)
     except BrokenPipeError:                             # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (BadInput, OSError) as error:
+    except (ValueError, OSError) as error:              # BadInput, or a name such as --plot=a.xyz
         print(f"sample.py: {error}", file=sys.stderr)
         raise SystemExit(2)
 
 
 def run(args):
     names = ["pretrained", "finetuned"] if args.compare else [args.which]
-    drawn = {name: draw(args, args.run / f"{name}.pt") for name in names}
+    drawn = {name: draw(args, Path(args.run) / f"{name}.pt") for name in names}
     if args.plot:
         histograms(drawn, args.plot)
     columns = []
@@ -97,7 +118,7 @@ def draw(args, file):
     process = CHAINS[run.process](task.vocab_size, run.schedule)
     prompts = read_prompts(task, args.prompt, saved["prompts"], args.n)
     torch.manual_seed(args.seed)
-    steps = run.steps if args.steps is None else args.steps
+    steps = run.steps if args.steps < 0 else args.steps
     policy = lambda x, t: model(x, t) / args.temperature
     path = process.sample(policy, args.n, task.length, steps, prompts)
     rewards = [math.nan] * args.n
@@ -188,21 +209,9 @@ def report(args, task, process, exact, reference, model):
     few, k = max(1, n // 4), 16
     print(f"report: asks for {3 * n + few * (k + 1):,} more rewards (--report_samples=0: none)")
 
-    samples = {"data": (held_out, None)}
-    for name, policy in (("pre-trained", reference), ("fine-tuned", model)):
-        path = process.sample(policy, n, task.length, args.steps, prompts)
-        with torch.no_grad():
-            log_ratio = path.logp - process.replay(reference, path)
-        samples[name] = path.tokens, log_ratio.flatten(1).sum(dim=1).mean().item()
-    if prompts is not None:
-        prompts = prompts[:few].repeat_interleave(k, dim=0)
-    many = process.sample(reference, few * k, task.length, args.steps, prompts).tokens
-    best = ask(task, many).view(few, k).argmax(dim=1)
-    best = many.view(few, k, -1)[torch.arange(few), best]
-    samples["best of 16"] = best, math.log(k) - (k - 1) / k     # its KL is at most this
-
     rows = {}
-    for name, (tokens, kl) in samples.items():
+
+    def add(name, tokens, kl):
         reward = ask(task, tokens).mean().item()
         row = dict(reward=reward, kl=kl) | diversity(tokens, task.vocab_size) | task.measure(tokens)
         if exact and name == "fine-tuned":
@@ -210,6 +219,18 @@ def report(args, task, process, exact, reference, model):
         rows[name] = row
         cells = [f"{key} {value:.3f}" for key, value in row.items() if value is not None]
         print(f"{name:12} " + "  ".join(cells), *task.samples(tokens[:4]), sep="\n    ")
+
+    add("data", held_out, None)
+    for name, policy in (("pre-trained", reference), ("fine-tuned", model)):
+        path = process.sample(policy, n, task.length, args.steps, prompts)
+        add(name, path.tokens, process.path_kl(reference, path).mean().item())
+    if prompts is not None:
+        prompts = prompts[:few].repeat_interleave(k, dim=0)
+    many = process.sample(reference, few * k, task.length, args.steps, prompts).tokens
+    best = ask(task, many).view(few, k).argmax(dim=1)
+    best = many.view(few, k, -1)[torch.arange(few), best]
+    add("best of 16", best, math.log(k) - (k - 1) / k)  # its KL is at most this
+
     (args.out / "report.json").write_text(json.dumps(rows, indent=2) + "\n")
     before, after = rows["pre-trained"], rows["fine-tuned"]
     if after["hamming"] < before["hamming"] / 2 or after["commonest"] > 1.5 * before["commonest"]:

@@ -31,7 +31,7 @@ import sepo
 from diffusion import SCHEDULES
 from model import Config, Denoiser
 from rewards import TASKS, BadInput, ask
-from sample import number
+from sample import HelpFormatter, flags_of
 
 RANK = int(os.environ.get("RANK", 0))               # set by torchrun; without it, one process
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
@@ -68,7 +68,6 @@ def main(argv=None):
         raise SystemExit(130)
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if dist.is_initialized():                       # its threads must not outlive the program
             dist.destroy_process_group()
 
@@ -78,8 +77,6 @@ def run(args):
     torch.manual_seed(args.seed)                        # the same initial weights on every process
     task = sample.task_of(args)
     process = sample.CHAINS[args.process](task.vocab_size, args.schedule)
-    if args.exact_neighbours and not task.is_small(args.steps):
-        raise BadInput(f"--exact_neighbours: the space of --task={args.task} is too large")
 
     # a new network, or one that was pre-trained before
     pretrained = args.out / "pretrained.pt"
@@ -197,13 +194,12 @@ def finetune(args, task, process, model, data, exact, checkpoint):
 
         # 2. ask the black box
         reward = ask(task, path.tokens).view(P, G)
-        if i == 0:
-            warn_if_equal(reward)
+        if MASTER and i == 0 and (reward == reward.median()).double().mean() > 0.9:
+            print("warning: more than 90% of the first rollout's rewards are equal: a finer reward "
+                  "or a larger --group would teach more", file=sys.stderr)
 
         # 3. what is each sample worth? its reward, minus beta times the KL that its path cost
-        with torch.no_grad():
-            log_ratio = path.logp - process.replay(reference, path, args.micro_batch)
-        kl = log_ratio.flatten(1).sum(dim=1).view(P, G)                     # nats
+        kl = process.path_kl(reference, path, args.micro_batch).view(P, G)  # nats
         beta = args.beta * min(1, (i + 1) / max(1, args.beta_warmup))
         cost = beta * kl if args.kl == "return" else 0
         returns, rewards = gather(reward - cost), gather(reward)            # of all processes
@@ -238,14 +234,6 @@ def finetune(args, task, process, model, data, exact, checkpoint):
         end_iteration(args, "finetune", i, args.iters, state)
 
 
-def warn_if_equal(reward):
-    """Equal rewards teach nothing but the KL."""
-    share = (reward == reward.flatten().mode().values).double().mean().item()
-    if share > 0.9 and MASTER:
-        print(f"warning: {share:.0%} of the first rollout's rewards are equal: a finer reward or a "
-              "larger --group would teach more", file=sys.stderr)
-
-
 def policy_losses(args, process, model, rollout):
     """(loss, stats) of the chosen method at the current weights; micro-batches add up."""
     path, advantage, size = rollout.path, rollout.advantage, args.micro_batch
@@ -254,11 +242,9 @@ def policy_losses(args, process, model, rollout):
                              args.clip, size)
         return
     if args.states == "neighbours":
-        which = dict(exact=args.exact_neighbours, steps=args.steps)
         with torch.no_grad():
-            rollout.kept = rollout.kept or sepo.neighbours(process, model, path, **which)
-        yield sepo.neighbours_loss(process, model, path, advantage, rollout.kept, args.clip,
-                                   **which)
+            rollout.kept = rollout.kept or sepo.neighbours(process, model, path)
+        yield sepo.neighbours_loss(process, model, path, advantage, rollout.kept, args.clip)
         return
     if args.states in ("noised", "terminal"):           # the same states in every update
         rollout.kept = rollout.kept or sepo.draw_view(process, path, args.states).split(size)
@@ -329,7 +315,6 @@ def setup(args):
             raise KeyboardInterrupt("stopped at once")  # the second Ctrl-C
         args.stop = True
     signal.signal(signal.SIGINT, on_signal)
-    signal.signal(signal.SIGTERM, on_signal)
 
 
 def seed_everything(args, phase, i):
@@ -367,10 +352,7 @@ def average(scalars):
 # log and checkpoints
 
 def progress(name, first, total):
-    """A progress bar; in a file that is not a terminal, a line every ten seconds."""
-    seconds = 0.5 if sys.stderr.isatty() else 10
-    return tqdm(range(first, total), name, total, initial=first, disable=not MASTER,
-                mininterval=seconds, maxinterval=seconds, dynamic_ncols=True)
+    return tqdm(range(first, total), name, total, initial=first, disable=not MASTER, mininterval=1)
 
 
 def log(args, bar, optimizer, **metrics):
@@ -421,7 +403,7 @@ def end_iteration(args, phase, i, total, state):
         stop = gather(torch.tensor([stop], device=args.device)).any()
     last = args.out / "last.pt"
     is_due = not last.exists() or time.time() - last.stat().st_mtime >= args.save_every
-    if stop or is_due or i + 1 == total:
+    if MASTER and (stop or is_due or i + 1 == total):
         log_size = (args.out / "metrics.jsonl").stat().st_size
         save(last, phase=phase, iter=i + 1, log_size=log_size, **state)
     if stop:
@@ -439,10 +421,6 @@ def save(file, **parts):
 # -----------------------------------------------------------------------------
 # flags
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    pass
-
-
 def get_parser():
     epilog = "defaults that depend on task, process, method or clip mode:"
     for name, flags in DEFAULTS.items():
@@ -450,71 +428,56 @@ def get_parser():
     parser = argparse.ArgumentParser(usage="train.py [--flag=value ...]", description=__doc__,
                                      epilog=epilog, formatter_class=HelpFormatter,
                                      allow_abbrev=False)
-
-    def add(flag, default, help, low=0, below=math.inf):
-        """The default tells the type; a list is a choice, and its first value the default."""
-        kind = type(default)
-        if kind is bool:
-            group.add_argument(flag, action="store_true", help=help)
-        elif kind is list:
-            group.add_argument(flag, choices=default, default=default[0], help=help)
-        else:
-            group.add_argument(flag, type=number(kind, low, below), default=default, help=help)
-
-    group = parser.add_argument_group("the run")
+    add = flags_of(parser, "the run")
     add("--task", list(TASKS), "what to learn")
-    group.add_argument("--out", default="", help="folder for the results (empty: out/<task>)")
+    add("--out", "", "folder for the results (empty: out/<task>)")
     add("--seed", 0, "seed of every random draw")
     add("--resume", False, "continue the run in --out with its own flags")
     add("--overwrite", False, "replace the run in --out")
     add("--save_every", 30, "seconds between two saves of last.pt")
-    group = parser.add_argument_group("your own data, reward and model")
-    path = group.add_argument
-    path("--data", type=os.path.abspath, help="file to pre-train on: FASTA or one sequence per "
-         "line; for --task=text one running text, unless --pad or --crop is given; .gz too")
+    add = flags_of(parser, "your own data, reward and model")
+    add("--data", None, "file to pre-train on: FASTA or one sequence per line; for --task=text one "
+        "running text, unless --pad or --crop is given; .gz too")
     add("--length", 0, "sequence length (0: the task's)")
-    group.add_argument("--pad", default="", help="letter that fills up short sequences of --data")
+    add("--pad", "", "letter that fills up short sequences of --data")
     add("--crop", False, "cut random windows from long sequences of --data")
-    path("--reward", type=os.path.abspath, help="file.py:function, list[str] -> list[float]; the "
-         "file's measure, list[str] -> {column: number}, adds columns to the report")
-    path("--init", type=os.path.abspath, help="a pretrained.pt or finetuned.pt to start from: no "
-         "pre-training, and the network has its size")
-    group = parser.add_argument_group("system")
+    add("--reward", None, "file.py:function, list[str] -> list[float]; the file's measure, "
+        "list[str] -> {column: number}, adds columns to the report")
+    add("--init", None, "a pretrained.pt or finetuned.pt to start from: no pre-training, and the "
+        "network has its size")
+    add = flags_of(parser, "system")
     add("--device", ["auto", "cpu", "cuda"], "auto: cuda if present")
     add("--dtype", ["auto", "float32", "bfloat16"], "of matrix products; auto: bfloat16 on cuda")
     add("--compile", False, "torch.compile the transformer blocks")
     add("--micro_batch", 0, "states per backward pass (0: all; loop, prdp: one per sample)")
-    group = parser.add_argument_group("noise")
+    add = flags_of(parser, "noise")
     add("--process", list(sample.CHAINS), "noise: masks or random letters")
     add("--schedule", list(SCHEDULES), "noise level over time")
-    group = parser.add_argument_group("model")
+    add = flags_of(parser, "model")
     add("--n_layer", 4, "transformer blocks", low=1)
     add("--n_head", 4, "attention heads", low=1)
     add("--n_embd", 128, "channels of the residual stream", low=1)
     add("--conv", 0, "width of a convolution on the embeddings (0: none)")
     add("--dropout", 0.0, "dropout, during pre-training only", below=1)
-    group = parser.add_argument_group("pre-training")
+    add = flags_of(parser, "pre-training")
     add("--pretrain_iters", 800, "optimizer steps", low=1)
     add("--pretrain_batch", 128, "sequences per step", low=1)
     add("--pretrain_lr", 2e-3, "peak learning rate")
     add("--data_size", 20000, "sequences to generate, or windows to cut", low=1)
-    group = parser.add_argument_group("sampling")
+    add = flags_of(parser, "sampling")
     add("--steps", 0, "steps of the time grid (0: none; absorb only)")
     add("--corrector_steps", 0, "moves of the corrector, which pulls samples towards the model's "
         "law, per rollout")
     add("--corrector_t", 0.5, "time at which the corrector runs", low=0.001, below=1)
-    group = parser.add_argument_group("fine-tuning")
+    add = flags_of(parser, "fine-tuning")
     add("--algo", ["sepo", "loop", "prdp", "reinforce"], "method")
     add("--iters", 100, "rollouts", low=1)
     add("--prompts", 1, "prompts per rollout (P)", low=1)
     add("--group", 128, "samples per prompt (G)", low=1)
     add("--updates", 16, "optimizer steps per rollout", low=1)
-    group.add_argument("--lr", "--learning_rate", type=number(float, 0), default=1e-3,
-                       help="initial learning rate; decays linearly to 5%%")
+    add("--lr --learning_rate", 1e-3, "initial learning rate; decays linearly to 5%%")
     add("--states", ["path", "noised", "terminal", "neighbours"],
         "where SEPO takes the score; neighbours: its published estimator")
-    add("--exact_neighbours", False, "the neighbours' p(y) from the exact law (small spaces), not "
-        "by importance sampling")
     add("--path_events", 1, "events scored per path and update (0: all)")
     add("--advantage", ["grpo", "dr_grpo", "loo", "ppo", "running"], "advantage estimator")
     add("--clip", 0.1, "clip of the ratio; prdp: of an event's log-ratio")
@@ -530,7 +493,7 @@ def get_parser():
         "0.3")
     add("--entropy", 0.0, "weight of the entropy bonus")
     add("--grad_clip", 1.0, "largest gradient norm", low=0.001)
-    group = parser.add_argument_group("evaluation")
+    add = flags_of(parser, "evaluation")
     add("--eval_every", 10, "rollouts between evaluations", low=1)
     add("--report_samples", 1000, "samples per model in the final report, at most the held-out "
         "ones; 0: no report")

@@ -139,7 +139,7 @@ def test_checkpoints_are_plain_tensors(toy):
     ["--algo=loop", "--micro_batch=5"], ["--algo=loop", "--path_events=2", "--process=uniform"],
     ["--algo=prdp", "--group=4", "--prompts=2"],
     ["--algo=prdp", "--process=uniform", "--beta_warmup=3", "--micro_batch=3"],
-    ["--states=neighbours"], ["--states=neighbours", "--exact_neighbours", "--process=uniform"],
+    ["--states=neighbours"], ["--states=neighbours", "--process=uniform"],
     ["--algo=reinforce", "--conv=3"], ["--kl=loss", "--ref_every=2"],
     ["--process=uniform", "--states=terminal", "--schedule=geometric"],
     ["--process=uniform", "--corrector_steps=3", "--corrector_t=0.3", "--path_events=2"]])
@@ -234,7 +234,6 @@ def test_own_data_and_reward_and_a_start_from_a_saved_model(tmp_path, monkeypatc
     (["--algo=prdp", "--beta=0"], "--algo=prdp needs --path_events=0"),
     (["--algo=loop", "--states=noised"], "do not apply to loop"),
     (["--states=neighbours", "--kl=loss"], "--states=neighbours has no --kl"),
-    (["--task=dna", "--states=neighbours", "--exact_neighbours"], "the space of --task=dna is too"),
     (["--device=cuda"], "sees no CUDA device"),
     (["--resume"], "holds no run")])
 def test_bad_flags_get_a_short_message_and_status_2(args, message, tmp_path, capsys):
@@ -252,7 +251,7 @@ def test_a_run_is_not_resumed_by_another_number_of_processes(toy, monkeypatch, c
 def test_every_flag_is_explained_with_its_default():
     shown = train.get_parser().format_help()
     flags = re.findall(r"^  --(\w+)", shown, re.M)
-    assert len(flags) > 50
+    assert len(flags) >= 50
     for action in train.get_parser()._actions[1:]:
         assert action.help
     assert re.search(r"uniform: .*--steps=16", shown) and re.search(r"toy: .*--n_embd=64", shown)
@@ -281,7 +280,7 @@ def test_learning_rate_is_lr(tmp_path):
 def test_equal_rewards_are_noticed(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(TASKS["two"], "reward", lambda x: (x < 0).all(1))
     run(tmp_path)
-    assert "warning: 100% of the first rollout's rewards are equal" in capsys.readouterr().err
+    assert "warning: more than 90% of the first rollout's rewards are equal" in capsys.readouterr().err
 
 
 def test_a_run_folder_stands_by_itself(tmp_path, capsys):
@@ -586,9 +585,9 @@ def test_a_uniform_run_is_sampled_and_filmed(tmp_path, capsys):
 @pytest.mark.parametrize("args, message", [
     (["--run=nowhere"], "nowhere/finetuned.pt is missing"),
     (["--n=0"], "invalid int in .1, inf. value"), (["--which=best"], "invalid choice: 'best'"),
-    (["--movie=a.png"], "a name that ends in .gif is needed"),
+    (["--movie=a.xyz"], "unknown file extension: .xyz"), (["--plot=a.xyz"], "'xyz' is not supported"),
     (["--prompt=TC"], "--prompt=TC has 2 letters, the task 6 slots: write _ for a free slot"),
-    (["--prompt=TCX___"], "'X' at position 3"), (["--steps=-3"], "invalid int in .0, inf. value"),
+    (["--prompt=TCX___"], "'X' at position 3"), (["--steps=-3"], "invalid int in .-1, inf. value"),
     (["--compare", "--format=fasta"], "--compare prints a table")])
 def test_bad_input_of_sample_gets_a_line(args, message, toy, capsys):
     fails(sample.main, [f"--run={toy[0]}", *args], message, capsys)
