@@ -28,10 +28,6 @@ class BadInput(ValueError):
     """What the user gave cannot be used. One line: what is wrong, where, and what to do."""
 
 
-def no_columns(tokens):
-    return {}
-
-
 @dataclass
 class Task:
     name: str
@@ -41,7 +37,7 @@ class Task:
     reward: Callable                    # tokens [B, L] -> [B]: a black box, no gradient
     given: Callable | None = None       # clean tokens [n, L] -> bool [n, L]: slots of the prompt
     held: Callable | None = None        # like data, of sequences that data never gives
-    measure: Callable = no_columns      # tokens [B, L] -> {column: number} of the report
+    measure: Callable = lambda tokens: {}   # tokens [B, L] -> {column: number} of the report
     make: Callable | None = None        # (length, text of the data) -> this task in another size
     is_text: bool = False               # a file of data is one running text, not lines
     pad: str = ""                       # the letter that fills up short sequences

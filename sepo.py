@@ -169,28 +169,7 @@ def sepo_loss(process, model, path, advantages, states="path", clip=0.2, clip_mo
 # -----------------------------------------------------------------------------
 # SEPO's published estimator: all sequences that differ from the sample in one slot
 
-def neighbours(process, model, path, exact=False, steps=None, M=2):
-    """What the estimator needs of a model, at the final samples x [B, L]
-    -> log s(x)_y [B, L, V], p(y) [B, L, V] without gradient.
-
-    y is x with slot i set to v. s is the ratio of the slot laws at t -> 0. p(y): with `exact` the
-    law of the sampler (small spaces, no prompt; steps: its grid), else an estimate from M draws."""
-    x = path.tokens
-    log_w = process.slot_laws(model, path)                                              # [B, L, V]
-    log_s = log_w - pick(log_w, x)[..., None]
-    B, L, V = log_s.shape
-    slots = torch.arange(L, device=x.device).repeat_interleave(V).repeat(B)[:, None]
-    letters = torch.arange(V, device=x.device).repeat(B * L)[:, None]
-    y = x.repeat_interleave(L * V, dim=0).scatter(1, slots, letters)                # [B L V, L]
-    with torch.no_grad():
-        if exact:
-            p = process.exact_law(model, L, steps).view([V] * L)[y.unbind(dim=1)]
-        else:
-            p = importance_sampled(model, y, slots, M)
-    return log_s, p.view(B, L, V)
-
-
-def importance_sampled(model, y, slots, M):
+def importance_sampled(model, y, slots, M=2):
     """The authors' estimate of p(y) -> [n, 1]: y [n, L], and the changed slots [n, 1].
 
     M sequences z ~ pi(. | y) from the network's slot laws at y weigh pi(z) / pi(z | y), with
@@ -211,7 +190,25 @@ def importance_sampled(model, y, slots, M):
     return total / weights
 
 
-def neighbours_loss(process, model, path, advantages, old, clip=0.2, exact=False, steps=None):
+def neighbours(process, model, path, p_of=importance_sampled):
+    """What the estimator needs of a model, at the final samples x [B, L]
+    -> log s(x)_y [B, L, V], p(y) [B, L, V] without gradient.
+
+    y is x with slot i set to v. s is the ratio of the slot laws at t -> 0. p_of: the estimate of
+    p(y); on small spaces it may be looked up in the exact law (tests/exact.py)."""
+    x = path.tokens
+    log_w = process.slot_laws(model, path)                                              # [B, L, V]
+    log_s = log_w - pick(log_w, x)[..., None]
+    B, L, V = log_s.shape
+    slots = torch.arange(L, device=x.device).repeat_interleave(V).repeat(B)[:, None]
+    letters = torch.arange(V, device=x.device).repeat(B * L)[:, None]
+    y = x.repeat_interleave(L * V, dim=0).scatter(1, slots, letters)                # [B L V, L]
+    with torch.no_grad():
+        p = p_of(model, y, slots)
+    return log_s, p.view(B, L, V)
+
+
+def neighbours_loss(process, model, path, advantages, old, clip=0.2, p_of=importance_sampled):
     """The published loss (SEPO, 2502.01384) -> (loss, stats); old: `neighbours` of the policy that
     drew the path.
 
@@ -221,7 +218,7 @@ def neighbours_loss(process, model, path, advantages, old, clip=0.2, exact=False
     biased. `path` differs in that it conditions on a line. With p(y) by sampling the ratio is
     noisy, so that the clip is active at theta_old already."""
     log_s_old, p_old = old
-    log_s, p = neighbours(process, model, path, exact, steps)
+    log_s, p = neighbours(process, model, path, p_of)
     log_ratio = p.clamp(min=1e-30).log() - p_old.clamp(min=1e-30).log() + log_s_old - log_s
     objective, active = surrogate(log_ratio, advantages[:, None, None], clip, mode="cap")
     is_other = torch.arange(log_s.size(-1), device=p.device) != path.tokens[..., None]

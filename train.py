@@ -101,9 +101,9 @@ def run(args):
     ask(task, data[:2])                                 # an error here costs less than later
     meta = dict(config=vars(model.config), flags=args.saved, alphabet=task.alphabet, pad=task.pad,
                 prompts=task.prompts(sample.held_out_data(task, 256, args.seed)))
-    checkpoint = open_out_dir(args)
+    open_out_dir(args)
     if not source:
-        pretrain(args, task, process, model, data, checkpoint)
+        pretrain(args, task, process, model, data)
     save(pretrained, model=model, **meta)
 
     # fine-tune
@@ -114,7 +114,7 @@ def run(args):
         reward = partial(ask, task)
         exact = sepo.ground_truth(process, reference, reward, task.length, args.beta, args.steps)
     try:
-        finetune(args, task, process, model, data, exact, checkpoint)
+        finetune(args, task, process, model, data, exact)
     finally:                                            # an error loses nothing that was learnt
         if args.restored:
             save(args.out / "finetuned.pt", model=model, **meta)
@@ -138,13 +138,13 @@ def load_pretrained(file, args, task):
     return model
 
 
-def pretrain(args, task, process, model, data, checkpoint):
+def pretrain(args, task, process, model, data):
     """Minimize the score entropy of the data, or of what the prompt leaves open if there is one."""
     optimizer = adamw(model, weight_decay=0.01)
     held_out = sample.held_out_data(task, 256, args.seed).to(args.device)
     batch = args.pretrain_batch // WORLD_SIZE
     state = dict(model=model, optimizer=optimizer)
-    first = restore(args, checkpoint, "pretrain", state)
+    first = restore(args, "pretrain", state)
 
     def loss_of(x0):
         return process.loss(model, x0, given=task.given(x0) if task.given else None)
@@ -168,14 +168,14 @@ def pretrain(args, task, process, model, data, checkpoint):
         end_iteration(args, "pretrain", i, args.pretrain_iters, state)
 
 
-def finetune(args, task, process, model, data, exact, checkpoint):
+def finetune(args, task, process, model, data, exact):
     """Roll out, ask for rewards, compute advantages, take a few optimizer steps; repeat."""
     optimizer = adamw(model, weight_decay=0.0)
     reference = compiled(args, deepcopy(model).requires_grad_(False))   # --ref_every moves it
     baseline = sepo.Baseline()
     P, G = args.prompts // WORLD_SIZE, args.group
     state = dict(model=model, reference=reference, optimizer=optimizer, baseline=baseline)
-    first = restore(args, checkpoint, "finetune", state)
+    first = restore(args, "finetune", state)
 
     bar = progress("finetune", first, args.iters)
     for i in bar:
@@ -209,8 +209,9 @@ def finetune(args, task, process, model, data, exact, checkpoint):
         baseline.update(returns, rewards)
 
         # 4. take a few optimizer steps on this rollout
+        penalty = reference if args.kl == "loss" and beta else None
         rollout = SimpleNamespace(path=path, reward=reward, kl=kl, advantage=advantage, beta=beta,
-                                  scale=scale, reference=reference, kept=None)
+                                  scale=scale, reference=penalty, kept=None)
         clipped = []
         for _ in range(args.updates):
             for loss, stats in policy_losses(args, process, model, rollout):
@@ -253,13 +254,11 @@ def policy_losses(args, process, model, rollout):
         views = path.views(size)
     else:
         views = process.path_view(path, args.path_events).split(size)
-    kl = {}
-    if args.kl == "loss" and rollout.beta:
-        kl = dict(reference=rollout.reference, beta=rollout.beta / rollout.scale)
     for view in views:
         if args.algo == "sepo":
             yield sepo.sepo_loss(process, model, path, advantage, args.states, args.clip,
-                                 args.clip_mode, view, args.consistency, args.entropy, **kl)
+                                 args.clip_mode, view, args.consistency, args.entropy,
+                                 rollout.reference, rollout.beta / rollout.scale)
         else:                                           # reinforce is loop without a clip
             clip = args.clip if args.algo == "loop" else math.inf
             yield sepo.loop_loss(process, model, path, advantage, clip, view)
@@ -367,23 +366,20 @@ def log(args, bar, optimizer, **metrics):
 
 
 def open_out_dir(args):
-    """Start a new folder, or find where to continue -> the checkpoint."""
-    checkpoint = dict(phase="", log_size=0)
-    if args.resume and (args.out / "last.pt").exists():
-        checkpoint = sample.load(args.out / "last.pt")
+    """Start with a new folder, but for --resume."""
     if MASTER and not args.resume:
         args.out.mkdir(parents=True, exist_ok=True)
         for name in ("pretrained.pt", "finetuned.pt", "last.pt", "report.json", "curve.png"):
             (args.out / name).unlink(missing_ok=True)
+        (args.out / "metrics.jsonl").write_text("")
         (args.out / "config.json").write_text(json.dumps(args.saved, indent=2) + "\n")
-    if MASTER:
-        with open(args.out / "metrics.jsonl", "a") as file:
-            file.truncate(checkpoint["log_size"])       # what was logged after that is forgotten
-    return checkpoint
 
 
-def restore(args, checkpoint, phase, state):
-    """Load what was saved of a phase -> its first iteration that is left."""
+def restore(args, phase, state):
+    """On --resume, load what last.pt holds of a phase -> its first iteration that is left."""
+    last, checkpoint = args.out / "last.pt", dict(phase="", log_size=0)
+    if args.resume and last.exists():
+        checkpoint = sample.load(last)
     first = 0
     try:
         if checkpoint["phase"] == phase:
@@ -391,7 +387,9 @@ def restore(args, checkpoint, phase, state):
             for name, part in state.items():
                 part.load_state_dict(checkpoint[name])
     except (KeyError, TypeError, RuntimeError, ValueError) as error:
-        raise BadInput(f"{args.out / 'last.pt'} belongs to a run of another shape") from error
+        raise BadInput(f"{last} belongs to a run of another shape") from error
+    if args.resume and MASTER:                          # what was logged after that is forgotten
+        os.truncate(args.out / "metrics.jsonl", checkpoint["log_size"])
     args.restored = True
     return first
 

@@ -207,7 +207,7 @@ def cosines():
 
     import sepo
     from diffusion import Absorbing, Path
-    from exact import (Table, every_path, gradient, network, posterior_table, probability,
+    from exact import (Table, every_path, exact_p, gradient, network, posterior_table, probability,
                        random_law, sequences)
     V = L = 3
     process, x = Absorbing(V), sequences(V, L)
@@ -235,14 +235,14 @@ def cosines():
                 loss, _ = sepo.sepo_loss(process, model, samples, weight, states)
                 total = total - gradient(loss, model)
             gradients.append(total)
-        for exact, draws in ((True, 1), (False, 300)):
+        for p_of, draws in ((exact_p(process), 1), (sepo.importance_sampled, 300)):
             total = 0
-            for _ in range(draws):
+            for seed in range(draws):
+                torch.manual_seed(seed)
                 with torch.no_grad():
-                    old = sepo.neighbours(process, model, samples, exact)
-                if not exact:                           # at theta_old: the same p(y) in both places
-                    torch.manual_seed(draws)
-                loss, _ = sepo.neighbours_loss(process, model, samples, weight, old, 1e9, exact)
+                    old = sepo.neighbours(process, model, samples, p_of)
+                torch.manual_seed(seed)                 # at theta_old: the same p(y) in both places
+                loss, _ = sepo.neighbours_loss(process, model, samples, weight, old, 1e9, p_of)
                 total = total - gradient(loss, model)
             gradients.append(total)
         shown = [f"{torch.cosine_similarity(g, truth, dim=0).item():.3f}" for g in gradients]

@@ -110,6 +110,14 @@ def law_given(process, model, L, steps, prompt):
     return torch.zeros(len(every)).masked_scatter(fits, law)
 
 
+def exact_p(process):
+    """For sepo.neighbours: p(y) from the exact law, in place of the authors' estimate."""
+    def p_of(model, y, slots):
+        V, L = process.vocab_size, y.size(1)
+        return process.exact_law(model, L)[rank(y, V)]
+    return p_of
+
+
 def kl(p, q):
     return (torch.xlogy(p, p) - torch.xlogy(p, q)).sum().item()
 

@@ -1,13 +1,14 @@
 """Every method against autograd through the exact law, over all paths, and by hand-made numbers."""
 import math
+from functools import partial
 
 import pytest
 import torch
 
 import sepo
 from diffusion import Absorbing, Path, Uniform
-from exact import (Table, every_path, gradient, kl, law_given, network, posterior_table, probability,
-                   random_law, sequences)
+from exact import (Table, every_path, exact_p, gradient, kl, law_given, network, posterior_table,
+                   probability, random_law, sequences)
 
 KINDS = ["grpo", "dr_grpo", "loo", "ppo", "running"]
 PROMPT = torch.tensor([2, 1, 2])
@@ -262,8 +263,9 @@ def test_the_published_estimator_is_its_formula_written_out():
     process, model, old_model = Absorbing(2), Table(2, 3), Table(2, 3, seed=1)
     torch.manual_seed(4)
     path, A = process.sample(old_model, 6, 3), torch.randn(6)
-    old = sepo.neighbours(process, old_model, path, exact=True)
-    loss, stats = sepo.neighbours_loss(process, model, path, A, old, 0.2, exact=True)
+    p_of = exact_p(process)
+    old = sepo.neighbours(process, old_model, path, p_of)
+    loss, stats = sepo.neighbours_loss(process, model, path, A, old, 0.2, p_of)
     p_new, p_old = (process.exact_law(m, 3).detach() for m in (model, old_model))
     total, active = 0.0, []
     for x, a in zip(path.tokens, A):
@@ -287,7 +289,7 @@ def test_importance_sampling_of_the_neighbours_tends_to_its_limit():
     process, model = Absorbing(3), Table(3, 1)
     path = process.sample(model, 1, 1)
     path.tokens = path.tokens.expand(500, 1)
-    _, p = sepo.neighbours(process, model, path, M=200)
+    _, p = sepo.neighbours(process, model, path, partial(sepo.importance_sampled, M=200))
     pi = model(sequences(3, 1))[:, 0].softmax(-1).detach()      # [y, z]
     inverse = 1 / pi.diagonal()
     expected = (pi * inverse).sum(1) / inverse.sum()
