@@ -103,10 +103,9 @@ def ask(task, tokens):
     except Exception as error:
         raise BadInput(f"the reward raised {in_user_code(error)}, asked for {len(tokens)} samples "
                        f"from {task.samples(tokens[:1])[0]!r} on") from error
-    if not isinstance(values, list):
-        raise BadInput(f"the reward returned {values!r}: it must return one number per sample")
-    if len(values) != len(tokens):
-        raise BadInput(f"the reward returned {len(values)} values for {len(tokens)} samples")
+    if not isinstance(values, list) or len(values) != len(tokens):
+        raise BadInput(f"the reward returned {values!r:.100}: it must return {len(tokens)} numbers, "
+                       "one per sample")
     for i, value in enumerate(values):
         if not isinstance(value, (int, float)) or not math.isfinite(value):
             sample = task.samples(tokens[i:i + 1])[0]

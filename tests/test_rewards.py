@@ -66,13 +66,13 @@ def fails(tokens):
 @pytest.mark.parametrize("reward, message", [
     (fails, r"raised RuntimeError: no oracle today in test_rewards.py line \d+, asked for 3"),
     (lambda x: torch.zeros(len(x), 2), "sample 0, 'AC', is .0.0, 0.0.: a finite number"),
-    (lambda x: [1.0, 2.0], "returned 2 values for 3 samples"),
+    (lambda x: [1.0, 2.0], r"returned \[1.0, 2.0\]: it must return 3 numbers, one per"),
     (lambda x: torch.tensor([0, math.nan, 0]), "sample 1, 'GT', is nan"),
     (lambda x: torch.tensor([0, 0, math.inf]), "sample 2, 'AA', is inf"),
     (lambda x: [0.1, None, 0.2], "sample 1, 'GT', is None: a finite number is needed"),
     (lambda x: [0.1, 0.2, "high"], "sample 2, 'AA', is 'high'"),
-    (lambda x: None, "the reward returned None: it must return one number per sample"),
-    (lambda x: 1.0, "the reward returned 1.0: it must return one number")])
+    (lambda x: None, "the reward returned None: it must return 3 numbers"),
+    (lambda x: 1.0, "the reward returned 1.0: it must return 3 numbers")])
 def test_a_faulty_reward_is_told_which_sample(reward, message):
     task = Task("t", "ACGT", 2, None, reward)
     with pytest.raises(BadInput, match=message) as error:
