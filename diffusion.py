@@ -73,6 +73,7 @@ class View:
 
 class Visits:
     """What both kinds of path share; n_events [B] is the number of events of each row."""
+
     @cached_property
     def visits(self):
         """The row and the event of every visited state, [n] each: all first events, then all second
@@ -203,7 +204,7 @@ def device_of(model):
 # what both chains share
 
 class Chain:
-    """A chain defines corrupt, losses, log_score, log_law, sample, jump_law, kernel, exact_law, and
+    """A chain defines noise, losses, log_score, log_law, denoise, jump_law, kernel, exact_law, and
     the views of finished samples."""
 
     DEFAULT_STEPS = None                # of the time grid; None: no grid

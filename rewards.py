@@ -104,8 +104,8 @@ def ask(task, tokens):
         raise BadInput(f"the reward raised {in_user_code(error)}, asked for {len(tokens)} samples "
                        f"from {task.samples(tokens[:1])[0]!r} on") from error
     if not isinstance(values, list) or len(values) != len(tokens):
-        raise BadInput(f"the reward returned {values!r:.100}: it must return {len(tokens)} numbers, "
-                       "one per sample")
+        raise BadInput(f"the reward returned {values!r:.100}: it must return {len(tokens)} "
+                       "numbers, one per sample")
     for i, value in enumerate(values):
         if not isinstance(value, (int, float)) or not math.isfinite(value):
             sample = task.samples(tokens[i:i + 1])[0]
