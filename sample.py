@@ -32,17 +32,6 @@ FORMATS = {                             # of sample i and its reward, which may 
 # -----------------------------------------------------------------------------
 # the command line
 
-def number(kind, low, below=math.inf):
-    """An argparse type: an int or a float that is at least `low`, and below `below`."""
-    def convert(text):
-        value = kind(text)
-        if not low <= value < below:
-            raise ValueError
-        return value
-    convert.__name__ = f"{kind.__name__} in [{low}, {below})"       # for argparse's messages
-    return convert
-
-
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     pass
 
@@ -54,6 +43,14 @@ def flags_of(parser, title):
 
     def add(flag, default, help, low=0, below=math.inf):
         kind = type(default)
+
+        def number(text):
+            value = kind(text)
+            if not low <= value < below:
+                raise ValueError
+            return value
+
+        number.__name__ = f"{kind.__name__} in [{low}, {below})"        # for argparse's messages
         if kind is bool:
             group.add_argument(flag, action="store_true", help=help)
         elif kind is list:
@@ -63,8 +60,7 @@ def flags_of(parser, title):
         elif kind is str:
             group.add_argument(flag, default=default, help=help)
         else:
-            convert = number(kind, low, below)
-            group.add_argument(*flag.split(), type=convert, default=default, help=help)
+            group.add_argument(*flag.split(), type=number, default=default, help=help)
     return add
 
 
