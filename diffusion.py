@@ -191,21 +191,21 @@ def logits_at(model, x, t, slots=None):
     a Denoiser skips the other slots. Another model may give -inf: here that becomes finite."""
     if hasattr(model, "logits_at"):
         return model.logits_at(x, t, slots)
-    logits = model(x, t).clamp(min=LOG_ZERO)
+    logits = model(x, t).float().clamp(min=LOG_ZERO)
     return logits if slots is None else logits.take_along_dim(slots[..., None], dim=1)
 
 
 def device_of(model):
     """Where the model's parameters live; the CPU for a plain function."""
-    parameters = getattr(model, "parameters", tuple)()
+    parameters = model.parameters() if isinstance(model, torch.nn.Module) else []
     return next((p.device for p in parameters), torch.device("cpu"))
 
 # -----------------------------------------------------------------------------
 # what both chains share
 
 class Chain:
-    """A chain defines noise, losses, log_score, log_law, denoise, jump_law, kernel, exact_law, and
-    the views of finished samples."""
+    """A chain defines noise, losses, log_score, log_law, slot_laws, denoise, jump_law, kernel,
+    exact_law, and the views of finished samples."""
 
     DEFAULT_STEPS = None                # of the time grid; None: no grid
 
@@ -320,7 +320,7 @@ class Absorbing(Chain):
     # forward process and training loss
 
     def noise(self, x, generator=None):
-        """Tokens at time 1, in the place of x [B, L]."""
+        """What stands in the place of tokens x [B, L] at time 1: the mask."""
         return self.mask
 
     def noised_view(self, x0, given, m=None):
@@ -378,7 +378,8 @@ class Absorbing(Chain):
         return time.masked_fill(given, math.inf)
 
     def denoise(self, model, x, given, t, steps, generator=None):
-        """The reverse process from the state x [B, L] at time t -> Path. What is no mask stays."""
+        """The reverse process from the state x [B, L] at time t -> Path. Without a mask, a slot is
+        as good as given."""
         time = self.reveal_times(x != self.mask, steps, t, generator)
         return self.reveal(model, x, time, generator)
 
@@ -483,7 +484,7 @@ class Uniform(Chain):
         return keep * F.one_hot(x, self.vocab_size) + (1 - keep) / self.vocab_size
 
     def noise(self, x, generator=None):
-        """Tokens at time 1, in the place of x [B, L]."""
+        """What stands in the place of tokens x [B, L] at time 1: random letters."""
         return torch.randint(self.vocab_size, x.shape, generator=generator, device=x.device)
 
     def losses(self, model, x0, given):

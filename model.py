@@ -2,7 +2,7 @@
 
 Shapes: B sequences of L slots, V clean tokens, D channels, H heads. The input tokens are 0..V,
 where V is the mask. Any callable (x, t) -> logits [B, L, V] can stand in for a Denoiser; the
-method `logits_at`, which skips the slots that nobody will read, only makes sampling faster.
+method `logits_at`, which skips the slots that nobody will read, only makes it faster.
 """
 import math
 from dataclasses import dataclass
@@ -118,11 +118,11 @@ class Denoiser(nn.Module):
             h = self.blocks[-1](h, slots)
         logits = self.head(self.norm(h)).float()        # ratios of probabilities are taken of them
         self.count(len(x))
-        if logits.requires_grad:
+        if logits.requires_grad:                        # the backward pass costs two
             logits.register_hook(lambda gradient: self.count(2 * len(x)))
         return logits
 
-    def count(self, n):
+    def count(self, n):                                 # a hook must return None, as this does
         self.passes += n
 
     def forward(self, x, t=None):

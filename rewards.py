@@ -100,12 +100,13 @@ def ask(task, tokens):
             values = values.tolist()
         elif hasattr(values, "__iter__"):
             values = [v.item() if hasattr(v, "item") else v for v in values]
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise BadInput(f"the reward raised {in_user_code(error)}, asked for {len(tokens)} samples "
                        f"from {task.samples(tokens[:1])[0]!r} on") from error
-    if not isinstance(values, list) or len(values) != len(tokens):
-        raise BadInput(f"the reward returned {values!r:.100}: it must return {len(tokens)} "
-                       "numbers, one per sample")
+    if not isinstance(values, list):
+        raise BadInput(f"the reward returned {values!r}: it must return one number per sample")
+    if len(values) != len(tokens):
+        raise BadInput(f"the reward returned {len(values)} values for {len(tokens)} samples")
     for i, value in enumerate(values):
         if not isinstance(value, (int, float)) or not math.isfinite(value):
             sample = task.samples(tokens[i:i + 1])[0]
@@ -151,7 +152,7 @@ def windows(x, length):
     gaps = F.pad((x < 0).cumsum(dim=0), (1, 0))         # how many there are before each token
     start = (gaps[length:] == gaps[:-length]).nonzero().squeeze(1)
     if not len(start):
-        raise BadInput(f"no sequence has {length} letters, the length of a window")
+        raise BadInput(f"no sequence has {length} known letters in a row, the length of a window")
     train, test = start.split([len(start) - len(start) // 20, len(start) // 20])
     test = test[test >= train[-1] + length]
 
@@ -212,8 +213,8 @@ def read_sequences(file, as_text=False):
         records = content[1:].split("\n>")              # the first line of each is its name
         return ["".join(record.partition("\n")[2].split()) for record in records]
     if not as_text:
-        return [line.strip() for line in content.splitlines()]
-    if content.count("\n") >= 20 and " " not in content:
+        return [line.strip() for line in content.splitlines() if line.strip()]
+    if content.count("\n") >= 20 and not re.search(r"\S +\S", content):
         raise BadInput(f"--data={file} looks like a list of sequences, not a running text: add "
                        "--pad=- to fill them up, or --crop to cut windows from each")
     return [" ".join(content.split())]

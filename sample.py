@@ -38,7 +38,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 def flags_of(parser, title):
     """-> add(flag, default, help), argparse's add_argument in short: the default tells the type;
-    False is a switch, None a path, and a list a choice, its first value the default."""
+    False is a switch, a list a choice, its first value the default, and None a file that the run
+    must find again from any folder. Numbers lie in [low, below)."""
     group = parser.add_argument_group(title)
 
     def add(flag, default, help, low=0, below=math.inf):
@@ -55,7 +56,7 @@ def flags_of(parser, title):
             group.add_argument(flag, action="store_true", help=help)
         elif kind is list:
             group.add_argument(flag, choices=default, default=default[0], help=help)
-        elif default is None:                           # found again from any folder
+        elif default is None:
             group.add_argument(flag, type=os.path.abspath, help=help)
         elif kind is str:
             group.add_argument(flag, default=default, help=help)
@@ -72,7 +73,7 @@ def main(argv=None):
     add("--which", ["finetuned", "pretrained"], "which model")
     add("--compare", False, "both models, side by side")
     add("--n", 10, "number of samples", low=1)
-    add("--steps", -1, "steps of the time grid (0: none; -1: as the run)", low=-1)
+    add("--steps", -1, "steps of the time grid (0: the process's default; -1: the run's)", low=-1)
     add("--prompt", "", "given letters, with _ for free slots: TC____")
     add("--temperature", 1.0, "divides the logits", low=0.001)
     add("--seed", 0, "seed of every random draw")
@@ -109,10 +110,10 @@ def run(args):
 
 def draw(args, file):
     """Samples of one model -> strings, rewards (nan where there is no reward)."""
-    model, run, saved = load_model(file)
-    task = load_task(run, model.config.length, saved)
+    model, run = load_model(file)
+    task = load_task(run, model.config.length)
     process = CHAINS[run.process](task.vocab_size, run.schedule)
-    prompts = read_prompts(task, args.prompt, saved["prompts"], args.n)
+    prompts = read_prompts(task, args.prompt, run.held_out_prompts, args.n)
     torch.manual_seed(args.seed)
     steps = run.steps if args.steps < 0 else args.steps
     policy = lambda x, t: model(x, t) / args.temperature
@@ -124,7 +125,7 @@ def draw(args, file):
         raise BadInput("--plot: the run's reward is not there")
     distinct, mean = len(path.tokens.unique(dim=0)), sum(rewards) / args.n
     print(f"{file}: {args.n} samples, {distinct} distinct, mean reward {mean:.3f}", file=sys.stderr)
-    if args.movie:
+    if args.movie and file.stem == args.which:
         movie(task, path, args.movie)
     return task.samples(path.tokens), rewards
 
@@ -151,12 +152,14 @@ def load(file):
 
 
 def load_model(file):
-    """A model saved by train.py -> model, the flags of its run, all that the file holds."""
+    """A model saved by train.py -> model; flags, alphabet and held-out prompts of its run."""
     saved = load(file)
     try:
         model = Denoiser(Config(**saved["config"]))
         model.load_state_dict(saved["model"])
-        return model.eval(), argparse.Namespace(**saved["flags"]), saved
+        run = argparse.Namespace(**saved["flags"], alphabet=saved["alphabet"],
+                                 held_out_prompts=saved["prompts"])
+        return model.eval(), run
     except (KeyError, IndexError, TypeError, RuntimeError) as error:
         raise BadInput(f"{file} is not a model of train.py ({error.__class__.__name__})") from error
 
@@ -165,14 +168,14 @@ def task_of(args):
     return open_task(args.task, args.length, args.data, args.pad, args.crop, args.reward)
 
 
-def load_task(args, length, saved):
+def load_task(args, length):
     """The task of a saved run. Without its data or reward file: no reward, so no scores."""
     try:
         task = task_of(args)
     except BadInput as error:
         print(f"no scores (nan): {error}", file=sys.stderr)
-        task = Task(args.task, "", length, data=None, reward=None)
-    task.alphabet, task.pad = saved["alphabet"], saved["pad"]
+        task = Task(args.task, "", length, data=None, reward=None, pad=args.pad)
+    task.alphabet = args.alphabet
     return task
 
 # -----------------------------------------------------------------------------

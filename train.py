@@ -64,10 +64,11 @@ def main(argv=None):
         print(f"train.py: {error}", file=sys.stderr)
         raise SystemExit(2)
     except KeyboardInterrupt as error:
-        print(f"train.py: {error or 'stopped'}", file=sys.stderr)
+        print(f"train.py: {str(error) or 'stopped'}", file=sys.stderr)
         raise SystemExit(130)
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if dist.is_initialized():                       # its threads must not outlive the program
             dist.destroy_process_group()
 
@@ -99,7 +100,7 @@ def run(args):
               f"results in {args.out}",
               file=sys.stderr)
     ask(task, data[:2])                                 # an error here costs less than later
-    meta = dict(config=vars(model.config), flags=args.saved, alphabet=task.alphabet, pad=task.pad,
+    meta = dict(config=vars(model.config), flags=args.saved, alphabet=task.alphabet,
                 prompts=task.prompts(sample.held_out_data(task, 256, args.seed)))
     open_out_dir(args)
     if not source:
@@ -120,6 +121,7 @@ def run(args):
             save(args.out / "finetuned.pt", model=model, **meta)
     if MASTER:
         signal.signal(signal.SIGINT, signal.default_int_handler)    # the run is complete by now
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         seed_everything(args, 2, 0)
         sample.plot_curve(args.out)
         if args.report_samples:
@@ -129,8 +131,8 @@ def run(args):
 
 def load_pretrained(file, args, task):
     """The model of --init, or of the run to resume; BadInput if it does not fit the run."""
-    model, flags, saved = sample.load_model(file)
-    there = [saved["alphabet"], model.config.length, flags.process, flags.schedule]
+    model, run = sample.load_model(file)
+    there = [run.alphabet, model.config.length, run.process, run.schedule]
     here = [task.alphabet, task.length, args.process, args.schedule]
     if here != there:
         raise BadInput(f"{file} holds a model of alphabet, length, process and schedule {there}: "
@@ -211,7 +213,8 @@ def finetune(args, task, process, model, data, exact):
         # 4. take a few optimizer steps on this rollout
         penalty = reference if args.kl == "loss" and beta else None
         rollout = SimpleNamespace(path=path, reward=reward, kl=kl, advantage=advantage, beta=beta,
-                                  scale=scale, reference=penalty, kept=None)
+                                  scale=scale, reference=penalty,
+                                  kept=None)            # from the first update to the last
         clipped = []
         for _ in range(args.updates):
             for loss, stats in policy_losses(args, process, model, rollout):
@@ -314,6 +317,7 @@ def setup(args):
             raise KeyboardInterrupt("stopped at once")  # the second Ctrl-C
         args.stop = True
     signal.signal(signal.SIGINT, on_signal)
+    signal.signal(signal.SIGTERM, on_signal)
 
 
 def seed_everything(args, phase, i):
@@ -335,8 +339,8 @@ def gather(rows):
 
 
 def average_(tensor):
-    """In place: the mean over the processes."""
-    if WORLD_SIZE > 1:
+    """In place: the mean over the processes; None stays None."""
+    if WORLD_SIZE > 1 and tensor is not None:
         dist.all_reduce(tensor)
         tensor /= WORLD_SIZE
     return tensor
@@ -372,7 +376,9 @@ def open_out_dir(args):
         for name in ("pretrained.pt", "finetuned.pt", "last.pt", "report.json", "curve.png"):
             (args.out / name).unlink(missing_ok=True)
         (args.out / "metrics.jsonl").write_text("")
-        (args.out / "config.json").write_text(json.dumps(args.saved, indent=2) + "\n")
+        writing = args.out / "config.part"
+        writing.write_text(json.dumps(args.saved, indent=2) + "\n")
+        os.replace(writing, args.out / "config.json")   # whole, or not there
 
 
 def restore(args, phase, state):
@@ -518,7 +524,7 @@ def parse_args(argv=None):
     args.processes = WORLD_SIZE
     for name, value in fixed.items():
         if getattr(args, name) != value and name != "save_every":
-            parser.error(f"--{name}={getattr(args, name)}: the run in {out} has {value}")
+            parser.error(f"{name}={getattr(args, name)}: the run in {out} has {value}")
     check_combinations(parser, args)
 
     passing = ("resume", "overwrite", "out")

@@ -66,13 +66,13 @@ def fails(tokens):
 @pytest.mark.parametrize("reward, message", [
     (fails, r"raised RuntimeError: no oracle today in test_rewards.py line \d+, asked for 3"),
     (lambda x: torch.zeros(len(x), 2), "sample 0, 'AC', is .0.0, 0.0.: a finite number"),
-    (lambda x: [1.0, 2.0], r"returned \[1.0, 2.0\]: it must return 3 numbers, one per"),
+    (lambda x: [1.0, 2.0], "returned 2 values for 3 samples"),
     (lambda x: torch.tensor([0, math.nan, 0]), "sample 1, 'GT', is nan"),
     (lambda x: torch.tensor([0, 0, math.inf]), "sample 2, 'AA', is inf"),
     (lambda x: [0.1, None, 0.2], "sample 1, 'GT', is None: a finite number is needed"),
     (lambda x: [0.1, 0.2, "high"], "sample 2, 'AA', is 'high'"),
-    (lambda x: None, "the reward returned None: it must return 3 numbers"),
-    (lambda x: 1.0, "the reward returned 1.0: it must return 3 numbers")])
+    (lambda x: None, "the reward returned None: it must return one number per sample"),
+    (lambda x: 1.0, "the reward returned 1.0: it must return one number")])
 def test_a_faulty_reward_is_told_which_sample(reward, message):
     task = Task("t", "ACGT", 2, None, reward)
     with pytest.raises(BadInput, match=message) as error:
@@ -359,11 +359,11 @@ def test_text_with_a_pad_is_one_sequence_per_line(tmp_path):
 @pytest.mark.parametrize("content, more, message", [
     ("ACGT\nACG\n", {}, "sequence 2 of .* has 3 letters, the task 4 slots: fill up with --pad=-"),
     ("ACGT\nACGTA\n", {}, "sequence 2 of .* has 5 letters, .* cut windows with --crop"),
-    ("ACG\nAC\n", dict(crop=True), "no sequence has 4 letters"),
+    ("ACG\nAC\n", dict(crop=True), "no sequence has 4 known letters in a row"),
     ("@read\nACGT\n+\nFFFF\n", {}, "data.txt is not in 'ACGT': --data is FASTA or one sequence"),
     (">x\nACGT\n>y\nAC\nXT\n", {}, "'X' at position 3 of sequence 2 of .*data.txt is not in 'ACGT'"),
     ("ACGT\nACGTA\n", dict(pad="-"), "sequence 2 of .* has 5 letters"),
-    ("ACGT\n\nACGT\n", {}, "sequence 2 of .*data.txt has 0 letters"),
+    (">x\nACGT\n>y\n>z\nACGT\n", {}, "sequence 2 of .*data.txt has 0 letters"),
     (">a\n>b\nACGT\n", {}, "sequence 1 of .*data.txt has 0 letters"),
     ("ACGT\nACXT\n", {}, "'X' at position 3 of sequence 2 of .* is not in 'ACGT'"),
     ("ACGT\nA_GT\n", {}, "'_' at position 2 of sequence 2 of .* is not in"),
@@ -388,7 +388,7 @@ def test_missing_and_damaged_files_and_flags_that_need_one(tmp_path):
             open_task("dna", **more)
     with pytest.raises(BadInput, match="--length=7: --task=toy has 6 slots"):
         open_task("toy", 7)
-    with pytest.raises(BadInput, match="no sequence has 48 letters"):
+    with pytest.raises(BadInput, match="no sequence has 48 known letters"):
         open_task("text", 0, write(tmp_path, "short"))
 
 

@@ -245,7 +245,7 @@ def test_bad_flags_get_a_short_message_and_status_2(args, message, tmp_path, cap
 
 def test_a_run_is_not_resumed_by_another_number_of_processes(toy, monkeypatch, capsys):
     monkeypatch.setattr(train, "WORLD_SIZE", 2)
-    fails(train.main, ["--task=toy", f"--out={toy[0]}", "--resume"], "--processes=2: the run in .* has 1", capsys)
+    fails(train.main, ["--task=toy", f"--out={toy[0]}", "--resume"], "processes=2: the run in .* has 1", capsys)
 
 
 def test_every_flag_is_explained_with_its_default():
@@ -260,7 +260,7 @@ def test_every_flag_is_explained_with_its_default():
 def test_another_run_in_the_folder_is_refused(toy, capsys):
     before = (toy[0] / "metrics.jsonl").read_text()
     fails(train.main, [f"--out={toy[0]}", *TINY], "holds another run", capsys)
-    fails(train.main, [f"--out={toy[0]}", "--resume", "--lr=0.5"], "--lr=0.5: the run in", capsys)
+    fails(train.main, [f"--out={toy[0]}", "--resume", "--lr=0.5"], "lr=0.5: the run in", capsys)
     assert (toy[0] / "metrics.jsonl").read_text() == before
 
 
