@@ -210,11 +210,10 @@ def finetune(args, task, process, model, data, exact):
         advantage = advantage.chunk(WORLD_SIZE)[RANK].flatten()                         # [P * G]
         baseline.update(returns, rewards)
 
-        # 4. take a few optimizer steps on this rollout
+        # 4. take a few optimizer steps on this rollout (kept: what its first update draws for all)
         penalty = reference if args.kl == "loss" and beta else None
         rollout = SimpleNamespace(path=path, reward=reward, kl=kl, advantage=advantage, beta=beta,
-                                  scale=scale, reference=penalty,
-                                  kept=None)            # from the first update to the last
+                                  scale=scale, reference=penalty, kept=None)
         clipped = []
         for _ in range(args.updates):
             for loss, stats in policy_losses(args, process, model, rollout):
