@@ -32,7 +32,7 @@ TWO = "01"                              # a task of three slots and two letters:
 
 @pytest.fixture(autouse=True)
 def two(monkeypatch):
-    """--task=two, and the tasks' oracles trained in no time."""
+    """--task=two: a task of three slots and two letters."""
     def data(n, generator):
         return torch.randint(2, (n, 3), generator=generator)
 
@@ -62,7 +62,7 @@ def weights(out, name="finetuned"):
 
 
 def fails(main, args, message, capsys):
-    """One line on standard error, status 2, and no traceback."""
+    """The last line on standard error tells what is wrong; status 2, and no traceback."""
     with pytest.raises(SystemExit) as stop:
         main(args)
     out, err = capsys.readouterr()
