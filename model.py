@@ -1,8 +1,9 @@
 """The denoiser: a bidirectional transformer that reads noisy tokens and predicts clean ones.
 
-Shapes: B sequences of L slots, V clean tokens, D channels, H heads. The input tokens are 0..V,
-where V is the mask. Any callable (x, t) -> logits [B, L, V] can stand in for a Denoiser; the
-method `logits_at`, which skips the slots that nobody will read, only makes it faster.
+Shapes: B sequences of L slots (the positions of a sequence), V clean tokens, D channels, H heads.
+The input tokens are 0..V, where V is the mask. Any callable (x, t) -> logits [B, L, V] can stand in
+for a Denoiser; the method `logits_at`, which skips the slots that nobody reads, only makes it
+faster.
 """
 import math
 from dataclasses import dataclass
@@ -55,9 +56,9 @@ class Block(nn.Module):
         key, value = self.key_value(h).chunk(2, dim=-1)
         if slots is not None:
             x, h = take(x, slots), take(h, slots)
-        attended = F.scaled_dot_product_attention(
-            self.split_heads(self.query(h)), self.split_heads(key), self.split_heads(value),
-            dropout_p=self.drop.p if self.training else 0.0)
+        query, key, value = map(self.split_heads, (self.query(h), key, value))
+        dropout = self.drop.p if self.training else 0.0
+        attended = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
         x = x + self.drop(self.out(attended.transpose(1, 2).flatten(2)))
         return x + self.drop(self.down(self.up(self.norm2(x)).relu_()))
 
@@ -65,14 +66,14 @@ class Block(nn.Module):
 class Denoiser(nn.Module):
     """logits[b, i, v] = log p_theta(x0_i = v | x_t) up to a constant per slot.
 
-    n_embd: even, and a multiple of n_head. Raises ValueError for a missing time."""
+    n_embd: even, and a multiple of n_head. autocast: the dtype of the blocks' matrix products, such
+    as torch.bfloat16; None: float32. Raises ValueError for a missing time."""
 
-    def __init__(self, config):
+    def __init__(self, config, autocast=None):
         super().__init__()
         D = config.n_embd
         self.config = config
-        self.autocast = None            # torch.bfloat16: the dtype of the blocks' matrix products
-        self.passes = 0                 # sequences that went through; a backward pass counts two
+        self.autocast = autocast
         self.token = nn.Embedding(config.vocab_size + 1, D)
         self.position = nn.Embedding(config.length, D)
         if config.time_conditioning:
@@ -116,14 +117,7 @@ class Denoiser(nn.Module):
             for block in self.blocks[:-1]:
                 h = block(h)
             h = self.blocks[-1](h, slots)
-        logits = self.head(self.norm(h)).float()        # ratios of probabilities are taken of them
-        self.count(len(x))
-        if logits.requires_grad:                        # the backward pass costs two
-            logits.register_hook(lambda gradient: self.count(2 * len(x)))
-        return logits
-
-    def count(self, n):                                 # a hook must return None, as this does
-        self.passes += n
+        return self.head(self.norm(h)).float()          # ratios of probabilities are taken of them
 
     def forward(self, x, t=None):
         """x: long [B, L] in 0..V; t: float [B] or None -> logits float32 [B, L, V]."""

@@ -1,19 +1,19 @@
 """The tasks: an alphabet, data to pre-train on, perhaps prompts, and a black-box reward.
 
-To add one, write a Task and put it into TASKS; --data and --reward bring your own without a line
-of code here. Shapes: B sequences of L slots, V letters; token v is letter v of the alphabet.
+A task is made by a function of its length. To add one, write such a function and put it into TASKS;
+--data and --reward bring your own without a line of code here. Shapes: B sequences of L slots, V
+letters; token v is letter v of the alphabet.
 
-Reading order: what a task is; asking a reward; held-out data; the user's own files; the tasks
-toy, dna, arithmetic and text.
+Reading order: what a task is; asking a reward; held-out data; the tasks toy, dna, arithmetic and
+text; the user's own files.
 """
 import gzip
 import importlib.util
-import math
 import random
 import re
 import sys
-import traceback
-from dataclasses import dataclass, replace
+import zlib
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from pydoc_data import topics
@@ -28,6 +28,18 @@ class BadInput(ValueError):
     """What the user gave cannot be used. One line: what is wrong, where, and what to do."""
 
 
+def is_held_out(x):
+    """Which of x [n, L] are for testing: one in twenty, by content, so copies stay together."""
+    return fingerprint(x.unbind(dim=1)) % 20 == 0
+
+
+def fingerprint(columns):
+    """A number for each of n sequences, given as L columns [n] -> [n]; equal for equal ones."""
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randint(1, 2 ** 31, (len(columns),), generator=generator).tolist()
+    return sum((column + 1) * weight for column, weight in zip(columns, weights))
+
+
 @dataclass
 class Task:
     name: str
@@ -37,19 +49,13 @@ class Task:
     reward: Callable                    # tokens [B, L] -> [B]: a black box, no gradient
     given: Callable | None = None       # clean tokens [n, L] -> bool [n, L]: slots of the prompt
     held: Callable | None = None        # like data, of sequences that data never gives
+    is_held: Callable = is_held_out     # clean tokens [n, L] -> bool [n]: are they held out?
     measure: Callable = lambda tokens: {}   # tokens [B, L] -> {column: number} of the report
-    make: Callable | None = None        # (length, text of the data) -> this task in another size
-    is_text: bool = False               # a file of data is one running text, not lines
     pad: str = ""                       # the letter that fills up short sequences
 
     @property
     def vocab_size(self):
         return len(self.alphabet)
-
-    def is_small(self, steps=None):
-        """Can exact laws walk every partly masked sequence, in every step of a grid?"""
-        states = (self.vocab_size + 1) ** self.length
-        return self.given is None and states <= 100_000 and states * (steps or 1) <= 1_000_000
 
     @property
     def blank(self):
@@ -61,6 +67,11 @@ class Task:
         if self.given is None:
             return None
         return x.where(self.given(x), self.vocab_size)
+
+    def held_out(self, n, seed):
+        """At most n sequences that pre-training does not see, if there are some -> [n, L]."""
+        draw = self.held or self.data
+        return draw(n, torch.Generator().manual_seed(seed + 1))[:n]
 
     def decode(self, tokens):
         """Tokens [B, L] -> B strings; a mask is written as `blank`."""
@@ -78,10 +89,6 @@ class Task:
             self.check(string, repr(string), letters)
         return torch.tensor([[letters.index(c) for c in string] for string in strings])
 
-    def find(self, text):
-        """The tokens of a text [n], -1 for letters that are not in the alphabet."""
-        return torch.tensor([self.alphabet.find(c) for c in text])
-
     def check(self, string, where, letters, hint=""):
         """Raises BadInput if the string has a letter that is not among `letters`."""
         for i, c in enumerate(string, 1):
@@ -92,46 +99,31 @@ class Task:
 # -----------------------------------------------------------------------------
 # asking a reward
 
+LARGEST = sys.float_info.max
+
+
 def ask(task, tokens):
-    """The task's reward of tokens [B, L] -> float64 [B] on their device; raises BadInput."""
-    try:
-        values = task.reward(tokens)
-        if hasattr(values, "tolist"):                   # of torch or numpy
-            values = values.tolist()
-        elif hasattr(values, "__iter__"):
-            values = [v.item() if hasattr(v, "item") else v for v in values]
-    except (Exception, SystemExit) as error:
-        raise BadInput(f"the reward raised {in_user_code(error)}, asked for {len(tokens)} samples "
-                       f"from {task.samples(tokens[:1])[0]!r} on") from error
-    if not isinstance(values, list):
-        raise BadInput(f"the reward returned {values!r}: it must return one number per sample")
+    """The task's reward of tokens [B, L] -> float64 [B] on their device.
+
+    Raises BadInput for what a reward must not return; what it raises itself is passed on."""
+    values = task.reward(tokens)
+    if hasattr(values, "tolist"):                       # of torch or numpy
+        values = values.tolist()
+    if isinstance(values, (dict, set, frozenset, str, bytes)) or not hasattr(values, "__iter__"):
+        raise BadInput(f"the reward returned {values!r:.80}: it must return one number per sample, "
+                       "in the order of the samples")
+    values = [v.item() if hasattr(v, "item") else v for v in values]
     if len(values) != len(tokens):
         raise BadInput(f"the reward returned {len(values)} values for {len(tokens)} samples")
     for i, value in enumerate(values):
-        if not isinstance(value, (int, float)) or not math.isfinite(value):
+        if not isinstance(value, (int, float)) or not -LARGEST <= value <= LARGEST:
             sample = task.samples(tokens[i:i + 1])[0]
-            raise BadInput(f"the reward of sample {i}, {sample!r}, is {value!r}: "
+            raise BadInput(f"the reward of sample {i}, {sample!r}, is {value!r:.80}: "
                            "a finite number is needed")
     return torch.tensor(values, dtype=torch.double, device=tokens.device)
 
-
-def in_user_code(error):
-    """An exception in one line, with the innermost line of code that is not a library's."""
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [f for f in frames if "/lib/python" not in f.filename and f.filename[0] != "<"]
-    place = (own or frames)[-1]
-    text = " ".join(str(error).split())[:300]
-    return f"{type(error).__name__}: {text} in {Path(place.filename).name} line {place.lineno}"
-
 # -----------------------------------------------------------------------------
 # held-out data
-
-def is_held_out(x):
-    """Which of x [n, L] are for testing: one in twenty, by content, so copies stay together."""
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randint(1, 2 ** 31, (x.size(1),), generator=generator)
-    return ((x + 1) * weight).sum(dim=1) % 20 == 0
-
 
 def split(draw, is_held=is_held_out):
     """draw(n, generator) -> [n, L] is split into (data, held), which never give the same."""
@@ -144,131 +136,30 @@ def split(draw, is_held=is_held_out):
     return partial(side, False), partial(side, True)
 
 
+def find(content, alphabet):
+    """The tokens of a text [n], -1 for letters that are not in the alphabet."""
+    return torch.tensor([alphabet.find(c) for c in content])
+
+
 def windows(x, length):
     """Tokens x [n], -1 where no window may lie -> (data, held): windows [n, length], each of them
     equally likely.
 
-    Held out is the last twentieth of all windows, less those that overlap one of the others."""
+    Held out is the last twentieth of all windows, less those that overlap one of the others or
+    occur among them."""
     gaps = F.pad((x < 0).cumsum(dim=0), (1, 0))         # how many there are before each token
     start = (gaps[length:] == gaps[:-length]).nonzero().squeeze(1)
     if not len(start):
         raise BadInput(f"no sequence has {length} known letters in a row, the length of a window")
     train, test = start.split([len(start) - len(start) // 20, len(start) // 20])
     test = test[test >= train[-1] + length]
+    content = fingerprint([x[i:len(x) - length + 1 + i] for i in range(length)])
+    test = test[~torch.isin(content[test], content[train])]
 
     def draw(start, n, generator=None):
         first = start[torch.randint(len(start), (n,), generator=generator)]
         return x.unfold(0, length, 1)[first]
     return partial(draw, train), partial(draw, test) if len(test) else None
-
-# -----------------------------------------------------------------------------
-# the user's own data and reward
-
-def open_task(name, length=0, data="", pad="", crop=False, reward=""):
-    """The task as the flags of a run want it; raises BadInput for what cannot be used.
-
-    length 0: the task's own. data: a file to pre-train on. reward: file.py:function."""
-    if name not in TASKS:
-        raise BadInput(f"task {name!r} is not in rewards.TASKS")
-    task = replace(TASKS[name])                         # a copy, which may be changed
-    if (pad or crop) and not data:
-        raise BadInput("--pad and --crop are for sequences from a file: give --data too")
-    if len(pad) > 1 or not pad.isprintable():
-        raise BadInput(f"--pad={pad}: one letter is needed")
-    if length and length != task.length and task.make is None:
-        raise BadInput(f"--length={length}: --task={name} has {task.length} slots")
-    as_text = task.is_text and not (pad or crop)
-    sequences = read_sequences(data, as_text) if data else []
-    if task.make:
-        task = task.make(length or task.length, "\n".join(sequences))
-    if data:
-        use_data(task, sequences, data, pad, crop or as_text)
-    if reward:
-        score, measure = load_reward(reward)
-        task.reward = lambda tokens: score(task.samples(tokens))
-        task.measure = lambda tokens: columns_of(task, measure, tokens)
-    return task
-
-
-def columns_of(task, measure, tokens):
-    """What the user's `measure` says of tokens [B, L] -> {column: float}; raises BadInput."""
-    try:
-        return {str(k): float(v) for k, v in measure(task.samples(tokens)).items()}
-    except Exception as error:
-        raise BadInput(f"measure must return a number per column: {in_user_code(error)}") from error
-
-
-def read_sequences(file, as_text=False):
-    """A file of FASTA, of one sequence per line, or of one running text; perhaps gzipped
-    -> its sequences, list[str]."""
-    opened = gzip.open if file.endswith(".gz") else open
-    try:
-        with opened(file, "rt", encoding="utf-8-sig") as f:
-            content = f.read().strip()
-    except Exception as error:                          # not there, damaged, or no text
-        raise BadInput(f"--data={file} cannot be read as text: {error}") from None
-    if not content:
-        raise BadInput(f"--data={file} is empty")
-    if content.startswith(">"):
-        records = content[1:].split("\n>")              # the first line of each is its name
-        return ["".join(record.partition("\n")[2].split()) for record in records]
-    if not as_text:
-        return [line.strip() for line in content.splitlines() if line.strip()]
-    if content.count("\n") >= 20 and not re.search(r"\S +\S", content):
-        raise BadInput(f"--data={file} looks like a list of sequences, not a running text: add "
-                       "--pad=- to fill them up, or --crop to cut windows from each")
-    return [" ".join(content.split())]
-
-
-def use_data(task, sequences, file, pad, crop):
-    """Let the task draw its data from the sequences of a file."""
-    if task.alphabet.isupper():                         # a genome's lower case marks repeats
-        sequences = [s.upper() for s in sequences]
-    if pad:
-        if pad in task.alphabet or any(pad in s for s in sequences):
-            raise BadInput(f"--pad={pad} is a letter of {file} or of the task: choose another")
-        task.alphabet, task.pad = task.alphabet + pad, pad
-        sequences = [s and s.ljust(task.length, pad) for s in sequences]
-    if crop:                                            # windows avoid letters such as N
-        x = task.find("\n".join(sequences))
-        n_foreign = (x < 0).sum().item() - len(sequences) + 1
-        if n_foreign:
-            print(f"{file}: windows avoid {n_foreign:,} foreign letters", file=sys.stderr)
-        task.data, task.held = windows(x, task.length)
-    else:
-        for i, s in enumerate(sequences, 1):
-            where = f"sequence {i} of {file}"
-            task.check(s, where, task.alphabet, ": --data is FASTA or one sequence per line, and "
-                       "--crop avoids N and other foreign letters")
-            if len(s) != task.length:
-                raise BadInput(f"{where} has {len(s)} letters, the task {task.length} slots: "
-                               "fill up with --pad=-, cut windows with --crop, or choose another "
-                               "--length")
-        x = task.encode(sequences)
-        held = is_held_out(task.prompts(x) if task.given else x)
-        if len(x) < 20 or held.all():                   # too few to spare any
-            held = torch.zeros_like(held)
-        task.data, task.held = (lambda n, generator=None: x[~held]), None
-        if held.any():
-            task.held = lambda n, generator=None: x[held]
-
-
-def load_reward(name):
-    """--reward=file.py:function -> the function, list[str] -> list[float], and the file's
-    `measure`, list[str] -> {column: number}. Raises BadInput."""
-    file, _, function = name.rpartition(":")
-    if not file.endswith(".py") or not Path(file).is_file():
-        raise BadInput(f"--reward={name}: file.py:function is needed, and a file that exists")
-    sys.path.insert(0, str(Path(file).resolve().parent))        # it may import its neighbours
-    spec = importlib.util.spec_from_file_location("own_reward", file)
-    module = sys.modules["own_reward"] = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        raise BadInput(f"--reward={name}: {in_user_code(error)}") from error
-    if not callable(getattr(module, function, None)):
-        raise BadInput(f"--reward={name}: {file} has no function {function}")
-    return getattr(module, function), getattr(module, "measure", lambda samples: {})
 
 # -----------------------------------------------------------------------------
 # toy: small enough to enumerate
@@ -279,16 +170,8 @@ TOY_STEP = torch.tensor([[.55, .15, .25, .05],  # a Markov chain on ACGT; row: t
                          [.05, .30, .15, .50]])
 
 
-def toy_data(n, generator=None):
-    """Six letters of the chain, from a uniform start -> [n, 6]."""
-    x = torch.randint(4, (n, 1), generator=generator)
-    for _ in range(5):
-        x = torch.cat((x, torch.multinomial(TOY_STEP[x[:, -1]], 1, generator=generator)), dim=1)
-    return x
-
-
 def toy_reward(tokens):
-    """A quarter for each copy of TC, a sixteenth for each A -> [B], at most 3/4.
+    """A quarter for each copy of TC, a sixteenth for each A -> [B]; with six letters at most 3/4.
 
     TCTCTC (12/16), TCTCAA (10/16), TCAAAA (8/16) and AAAAAA (6/16) are peaks: no change of one
     letter improves them, and AAAAAA, the lowest, is the likeliest in the data. A greedy search
@@ -297,7 +180,14 @@ def toy_reward(tokens):
     return copies / 4 + (tokens == 0).sum(dim=1) / 16
 
 
-toy = Task("toy", "ACGT", 6, toy_data, toy_reward)
+def toy(length=6):
+    """Short sequences of a Markov chain. What it teaches: the optimum can be known, and reached."""
+    def draw(n, generator=None):
+        x = torch.randint(4, (n, 1), generator=generator)
+        for _ in range(length - 1):
+            x = torch.cat((x, torch.multinomial(TOY_STEP[x[:, -1]], 1, generator=generator)), dim=1)
+        return x
+    return Task("toy", "ACGT", length, draw, toy_reward)
 
 # -----------------------------------------------------------------------------
 # dna: binding sites, their true activity, and an oracle that can be fooled; the experiment of
@@ -340,7 +230,7 @@ def true_activity(sequence):
 
 def activity(tokens):
     """The true activity of tokens [B, L] -> float [B]; anything but ACGT is no letter of a site."""
-    strings = TASKS["dna"].decode(tokens.clamp(max=4))
+    strings = ["".join("ACGT-"[v] for v in row) for row in tokens.clamp(max=4).tolist()]
     return torch.tensor([true_activity(s) for s in strings], device=tokens.device)
 
 
@@ -360,6 +250,11 @@ def dna_sequence(length, rng):
     return "".join(letters[:length])
 
 
+def dna_tokens(strings):
+    """Strings of one length -> tokens [B, L]."""
+    return torch.tensor([["ACGT".index(c) for c in string] for string in strings])
+
+
 def one_hot(tokens):
     """Tokens [B, L] -> [B, 4, L]; a pad is all 0."""
     letters = torch.arange(4, device=tokens.device)
@@ -375,7 +270,7 @@ def oracle(length):
     rng = random.Random(0)
     measured = [dna_sequence(length, rng) for _ in range(MEASUREMENTS)]
     truth = torch.tensor([true_activity(s) for s in measured])
-    x = one_hot(TASKS["dna"].encode(measured))
+    x = one_hot(dna_tokens(measured))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         y = truth + NOISE * torch.randn(MEASUREMENTS)
@@ -397,20 +292,19 @@ def dna_measure(tokens):
     return {"true activity": activity(tokens).mean().item(), "GC": is_gc.float().mean().item()}
 
 
-def make_dna(length=50, text=""):
+def dna(length=50):
     """Regulatory DNA. What it teaches: a learned reward goes on rising where the truth does not,
     and the KL to the data is what keeps samples where the reward can be believed."""
     def draw(n, generator=None):
         rng = random.Random(torch.randint(2 ** 62, (1,), generator=generator).item())
-        return task.encode([dna_sequence(length, rng) for _ in range(n)])
+        return dna_tokens([dna_sequence(length, rng) for _ in range(n)])
 
     @torch.no_grad()
     def reward(tokens):
         return oracle(length).to(tokens.device)(one_hot(tokens)).squeeze(1)
 
-    data, held = split(draw)
-    task = Task("dna", "ACGT", length, data, reward, held=held, measure=dna_measure, make=make_dna)
-    return task
+    data, held = split(draw) if length >= 6 else (draw, None)   # else too few to spare any
+    return Task("dna", "ACGT", length, data, reward, held=held, measure=dna_measure)
 
 # -----------------------------------------------------------------------------
 # arithmetic: a prompt, and an answer that can be verified
@@ -451,18 +345,27 @@ def arithmetic_prompt(x):
     return (torch.arange(9, device=x.device) < PROMPT).expand_as(x)
 
 
-def make_arithmetic():
+def is_held_sum(tokens):
+    """Are the sums [n, 9] held out? a+b and b+a are together."""
+    return is_held_out(operands(tokens).sort(dim=1).values)
+
+
+def arithmetic(length=9):
     """Sums: a+b= is given, the answer is generated, and the truth earns 1. What it teaches: a rule
-    that is learned from rewards holds on prompts never seen. a+b and b+a are held out together."""
-    data, held = split(sums, lambda x: is_held_out(operands(x).sort(dim=1).values))
-    return Task("arithmetic", "0123456789+=", 9, data, is_true, given=arithmetic_prompt, held=held)
+    that is learned from rewards holds on prompts never seen."""
+    if length != 9:
+        raise BadInput(f"--length={length}: arithmetic has 9 slots, as in 12+34=046")
+    data, held = split(sums, is_held_sum)
+    return Task("arithmetic", "0123456789+=", 9, data, is_true, given=arithmetic_prompt, held=held,
+                is_held=is_held_sum)
 
 # -----------------------------------------------------------------------------
 # text: characters, and words of the corpus
 
-WORD = re.compile(r"[^\W\d_]+")
+WORD = re.compile(r"[^\W\d_]{4,}")      # of four letters and more
 
 
+@cache
 def corpus():
     """The prose of the language reference inside Python, lower case, without indented code."""
     lines = [line for _, topic in sorted(topics.topics.items()) for line in topic.splitlines()]
@@ -470,32 +373,127 @@ def corpus():
     return re.sub(r"[^a-z.,']+", " ", prose.lower())
 
 
-def make_text(length=48, text=""):
-    """Windows of a text; the reward is the share of slots in phrases of that text: in words that
-    stand next to a word which they also stand next to there, each such pair counted once.
+def alphabet_of(content):
+    return "".join(sorted(set(content) - {"\n"}))
 
-    What it teaches: a reward says what it says. Known words in a senseless order, one phrase over
-    and over, or one word and blanks earn little; quoting the text earns 1. What stays open: short
-    words have many neighbours, so a chain such as "in a is in" earns more than it deserves."""
-    whole = text or corpus()
-    words = WORD.findall(whole.lower())
-    pairs = set(zip(words, words[1:]))
 
-    def score(string):
-        found, seen, counted = WORD.findall(string.lower()), set(), set()
-        for i, pair in enumerate(zip(found, found[1:])):
-            if pair in pairs and pair not in seen:
-                counted |= {i, i + 1}
-            seen.add(pair)
-        letters = sum(len(found[i]) + 1 for i in counted)           # with one gap per word
-        return min(1, letters / max(1, len(string)))
+def words_of(content):
+    return set(WORD.findall(content.lower()))
 
-    alphabet = "".join(sorted(set(whole) - {"\n"}))
-    task = Task("text", alphabet, length, None, None, make=make_text, is_text=True)
-    task.reward = lambda tokens: [score(s) for s in task.samples(tokens)]
-    if not text:
-        task.data, task.held = windows(task.find(whole), length)
+
+def share_of_words(strings, known, length):
+    """The share of `length` slots in distinct words that are known -> list[float]."""
+    return [sum(map(len, known & words_of(string))) / length for string in strings]
+
+
+def text(length=48):
+    """Windows of a text; the reward is the share of slots in distinct words of that text, of four
+    letters and more. What it teaches: a reward says what it says: real words, in any order."""
+    content, known = corpus(), words_of(corpus())
+    alphabet = alphabet_of(content)
+
+    def reward(tokens):
+        return share_of_words(task.samples(tokens), known, length)
+
+    data, held = windows(find(content, alphabet), length)
+    task = Task("text", alphabet, length, data, reward, held=held)
     return task
 
 
-TASKS = {task.name: task for task in (toy, make_dna(), make_arithmetic(), make_text())}
+TASKS = {"toy": toy, "dna": dna, "arithmetic": arithmetic, "text": text}
+
+# -----------------------------------------------------------------------------
+# the user's own data and reward
+
+def open_task(name, length=0, data="", pad="", crop=False, reward=""):
+    """The task as the flags of a run want it; raises BadInput for what cannot be used.
+
+    length 0: the task's own. data: a file to pre-train on. reward: file.py:function."""
+    if name not in TASKS:
+        raise BadInput(f"task {name!r} is not in rewards.TASKS")
+    if (pad or crop) and not data:
+        raise BadInput("--pad and --crop are for sequences from a file: give --data too")
+    if len(pad) > 1 or not pad.isprintable():
+        raise BadInput(f"--pad={pad}: one letter is needed")
+    task = TASKS[name](length) if length else TASKS[name]()
+    if data:
+        is_text = name == "text" and not (pad or crop)          # one running text, not a list
+        sequences = read_sequences(data, is_text)
+        if name == "text":                                      # letters and words of the file
+            content = "\n".join(sequences)
+            task.alphabet, known = alphabet_of(content), words_of(content)
+            task.reward = lambda tokens: share_of_words(task.samples(tokens), known, task.length)
+        use_data(task, sequences, data, pad, crop or is_text)
+    if reward:
+        score, measure = load_reward(reward)
+        task.reward = lambda tokens: score(task.samples(tokens))
+        task.measure = lambda tokens: {
+            name: float(value) for name, value in measure(task.samples(tokens)).items()}
+    return task
+
+
+def read_sequences(file, is_text=False):
+    """A file of FASTA, of one sequence per line, or of one running text; perhaps gzipped
+    -> its sequences, list[str]."""
+    opened = gzip.open if file.endswith(".gz") else open
+    try:
+        with opened(file, "rt", encoding="utf-8-sig") as f:
+            content = f.read().strip()
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+        raise BadInput(f"--data={file} cannot be read as text: {error}") from None
+    if not content:
+        raise BadInput(f"--data={file} is empty")
+    if content.startswith(">"):
+        records = content[1:].split("\n>")              # the first line of each is its name
+        return ["".join(record.partition("\n")[2].split()) for record in records]
+    if is_text:
+        return [" ".join(content.split())]
+    return [line.strip() for line in content.splitlines() if line.strip()]
+
+
+def use_data(task, sequences, file, pad, crop):
+    """Let the task draw its data from the sequences of a file."""
+    if task.alphabet.isupper():                         # a genome's lower case marks repeats
+        sequences = [s.upper() for s in sequences]
+    if pad:
+        if pad in task.alphabet or any(pad in s for s in sequences):
+            raise BadInput(f"--pad={pad} is a letter of {file} or of the task: choose another")
+        task.alphabet, task.pad = task.alphabet + pad, pad
+        sequences = [s and s.ljust(task.length, pad) for s in sequences]
+    if crop:                                            # windows avoid letters such as N
+        x = find("\n".join(sequences), task.alphabet)
+        n_foreign = (x < 0).sum().item() - len(sequences) + 1
+        if n_foreign:
+            print(f"{file}: windows avoid {n_foreign:,} foreign letters", file=sys.stderr)
+        task.data, task.held = windows(x, task.length)
+    else:
+        for i, s in enumerate(sequences, 1):
+            where = f"sequence {i} of {file}"
+            task.check(s, where, task.alphabet, ": --data is FASTA or one sequence per line, and "
+                       "--crop avoids N and other foreign letters")
+            if len(s) != task.length:
+                raise BadInput(f"{where} has {len(s)} letters, the task {task.length} slots: "
+                               "fill up with --pad=-, cut windows with --crop, or choose another "
+                               "--length")
+        x = task.encode(sequences)
+        held = task.is_held(x)
+        if len(x) < 20 or held.all():                   # too few to spare any
+            held = torch.zeros_like(held)
+        task.data, task.held = (lambda n, generator=None: x[~held]), None
+        if held.any():
+            task.held = lambda n, generator=None: x[held]
+
+
+def load_reward(name):
+    """--reward=file.py:function -> the function, list[str] -> list[float], and the file's
+    `measure`, list[str] -> {column: number}. Raises BadInput; what the file raises is passed on."""
+    file, _, function = name.rpartition(":")
+    if not file.endswith(".py") or not Path(file).is_file():
+        raise BadInput(f"--reward={name}: file.py:function is needed, and a file that exists")
+    sys.path.insert(0, str(Path(file).resolve().parent))        # it may import its neighbours
+    spec = importlib.util.spec_from_file_location("own_reward", file)
+    module = sys.modules["own_reward"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not callable(getattr(module, function, None)):
+        raise BadInput(f"--reward={name}: {file} has no function {function}")
+    return getattr(module, function), getattr(module, "measure", lambda samples: {})

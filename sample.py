@@ -1,4 +1,4 @@
-"""Sample from a run of train.py, score the samples, and draw pictures of the run.
+"""Look at a trained model: sample from a run of train.py, score the samples, draw pictures.
 
     python sample.py --run=out/toy                          # ten samples with their rewards
     python sample.py --run=out/toy --compare                # pre-trained beside fine-tuned
@@ -17,11 +17,10 @@ from pathlib import Path
 
 import torch
 
-from diffusion import Absorbing, Uniform
+from diffusion import CHAINS, device_of
 from model import Config, Denoiser
 from rewards import BadInput, Task, ask, open_task
 
-CHAINS = {"absorb": Absorbing, "uniform": Uniform}
 FORMATS = {                             # of sample i and its reward, which may be nan
     "text": lambda i, sample, reward: f"{reward:8.4f}  {sample}",
     "fasta": lambda i, sample, reward: f">sample_{i + 1} reward={reward:.4g}\n{sample}",
@@ -36,50 +35,38 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     pass
 
 
-def flags_of(parser, title):
-    """-> add(flag, default, help), argparse's add_argument in short: the default tells the type;
-    False is a switch, a list a choice, its first value the default, and None a file that the run
-    must find again from any folder. Numbers lie in [low, below)."""
-    group = parser.add_argument_group(title)
+def number(kind, low, high=math.inf):
+    """A type for add_argument: int or float in [low, high]; nan and infinity are in no range."""
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high or value == math.inf:
+            raise ValueError
+        return value
+    parse.__name__ = f"{kind.__name__} in [{low}, {high}]"              # for argparse's messages
+    return parse
 
-    def add(flag, default, help, low=0, below=math.inf):
-        kind = type(default)
 
-        def number(text):
-            value = kind(text)
-            if not low <= value < below:
-                raise ValueError
-            return value
-
-        number.__name__ = f"{kind.__name__} in [{low}, {below})"        # for argparse's messages
-        if kind is bool:
-            group.add_argument(flag, action="store_true", help=help)
-        elif kind is list:
-            group.add_argument(flag, choices=default, default=default[0], help=help)
-        elif default is None:
-            group.add_argument(flag, type=os.path.abspath, help=help)
-        elif kind is str:
-            group.add_argument(flag, default=default, help=help)
-        else:
-            group.add_argument(*flag.split(), type=number, default=default, help=help)
-    return add
+def get_parser():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter,
+                                     allow_abbrev=False)
+    add = parser.add_argument
+    add("--run", default="out/toy", help="folder of a run of train.py")
+    add("--which", choices=["finetuned", "pretrained"], default="finetuned", help="which model")
+    add("--compare", action="store_true", help="both models, side by side")
+    add("--n", type=number(int, 1), default=10, help="number of samples")
+    add("--steps", type=number(int, -1), default=-1,
+        help="steps of the time grid (0: the process's default; -1: the run's)")
+    add("--prompt", default="", help="given letters, with _ for free slots: TC____")
+    add("--temperature", type=number(float, 0.001), default=1.0, help="divides the logits")
+    add("--seed", type=number(int, 0), default=0, help="seed of every random draw")
+    add("--format", choices=list(FORMATS), default="text", help="of the samples")
+    add("--movie", default="", help="file.gif: the reverse process of a few samples")
+    add("--plot", default="", help="file.png: histogram of the rewards")
+    return parser
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter,
-                                     allow_abbrev=False)
-    add = flags_of(parser, "samples and pictures")
-    add("--run", "out/toy", "folder of a run of train.py")
-    add("--which", ["finetuned", "pretrained"], "which model")
-    add("--compare", False, "both models, side by side")
-    add("--n", 10, "number of samples", low=1)
-    add("--steps", -1, "steps of the time grid (0: the process's default; -1: the run's)", low=-1)
-    add("--prompt", "", "given letters, with _ for free slots: TC____")
-    add("--temperature", 1.0, "divides the logits", low=0.001)
-    add("--seed", 0, "seed of every random draw")
-    add("--format", list(FORMATS), "of the samples")
-    add("--movie", "", "file.gif: the reverse process of a few samples")
-    add("--plot", "", "file.png: histogram of the rewards")
+    parser = get_parser()
     args = parser.parse_args(argv)
     if args.compare and args.format != "text":
         parser.error(f"--compare prints a table: --format={args.format} is for one model")
@@ -111,13 +98,14 @@ def run(args):
 def draw(args, file):
     """Samples of one model -> strings, rewards (nan where there is no reward)."""
     model, run = load_model(file)
+    model.head.weight.data /= args.temperature          # logits are linear in the head
+    model.head.bias.data /= args.temperature
     task = load_task(run, model.config.length)
-    process = CHAINS[run.process](task.vocab_size, run.schedule)
+    process = CHAINS[run.process](task.vocab_size)
     prompts = read_prompts(task, args.prompt, run.held_out_prompts, args.n)
     torch.manual_seed(args.seed)
     steps = run.steps if args.steps < 0 else args.steps
-    policy = lambda x, t: model(x, t) / args.temperature
-    path = process.sample(policy, args.n, task.length, steps, prompts)
+    path = process.sample(model, args.n, task.length, steps, prompts)
     rewards = [math.nan] * args.n
     if task.reward is not None:
         rewards = ask(task, path.tokens).tolist()
@@ -151,11 +139,11 @@ def load(file):
                        f"({type(error).__name__})") from None
 
 
-def load_model(file):
+def load_model(file, autocast=None):
     """A model saved by train.py -> model; flags, alphabet and held-out prompts of its run."""
     saved = load(file)
     try:
-        model = Denoiser(Config(**saved["config"]))
+        model = Denoiser(Config(**saved["config"]), autocast)
         model.load_state_dict(saved["model"])
         run = argparse.Namespace(**saved["flags"], alphabet=saved["alphabet"],
                                  held_out_prompts=saved["prompts"])
@@ -164,28 +152,20 @@ def load_model(file):
         raise BadInput(f"{file} is not a model of train.py ({error.__class__.__name__})") from error
 
 
-def task_of(args):
-    return open_task(args.task, args.length, args.data, args.pad, args.crop, args.reward)
-
-
-def load_task(args, length):
+def load_task(run, length):
     """The task of a saved run. Without its data or reward file: no reward, so no scores."""
     try:
-        task = task_of(args)
+        task = open_task(run.task, run.length, run.data, run.pad, run.crop, run.reward)
+        if task.alphabet == run.alphabet:
+            return task
+        problem = f"the alphabet was {run.alphabet!r}, and is {task.alphabet!r} now"
     except BadInput as error:
-        print(f"no scores (nan): {error}", file=sys.stderr)
-        task = Task(args.task, "", length, data=None, reward=None, pad=args.pad)
-    task.alphabet = args.alphabet
-    return task
+        problem = error
+    print(f"no scores (nan): {problem}", file=sys.stderr)
+    return Task(run.task, run.alphabet, length, data=None, reward=None, pad=run.pad)
 
 # -----------------------------------------------------------------------------
 # what a run has learnt; train.py calls these
-
-def held_out_data(task, n, seed):
-    """At most n sequences that pre-training does not see, if there are some -> [n, L]."""
-    draw = task.held or task.data
-    return draw(n, torch.Generator().manual_seed(seed + 1))[:n]
-
 
 def evaluate(args, task, process, exact, model, tokens):
     """Metrics beside the reward: exact ones where the space is small; else what the task measures
@@ -194,7 +174,7 @@ def evaluate(args, task, process, exact, model, tokens):
         return exact(model)
     metrics = task.measure(tokens)
     if task.given:
-        prompts = task.prompts(held_out_data(task, 256, args.seed)).to(tokens.device)
+        prompts = task.prompts(task.held_out(256, args.seed)).to(tokens.device)
         path = process.sample(model, len(prompts), task.length, args.steps, prompts)
         metrics["held_out_reward"] = ask(task, path.tokens).mean().item()
     return metrics
@@ -202,7 +182,7 @@ def evaluate(args, task, process, exact, model, tokens):
 
 def report(args, task, process, exact, reference, model):
     """Print each model's reward, KL to the pre-trained one and samples; save report.json."""
-    held_out = held_out_data(task, args.report_samples, args.seed).to(args.device)
+    held_out = task.held_out(args.report_samples, args.seed).to(device_of(model))
     prompts = task.prompts(held_out)
     n = len(held_out)
     few, k = max(1, n // 4), 16
@@ -255,8 +235,8 @@ def plot_curve(out):
     lines = [json.loads(line) for line in open(out / "metrics.jsonl")]
     lines = [line for line in lines if line["phase"] == "finetune"]
     panels = [["reward", "exact_reward", "best_reward", "pretrained_reward"], ["reward_std"],
-              ["kl", "kl_after_corrector", "exact_kl"], ["clip_fraction"]]
-    usual = {"phase", "iter", "queries", "passes"}.union(*panels)
+              ["kl", "exact_kl"], ["clip_fraction", "grad_norm"]]
+    usual = {"phase", "iter", "queries"}.union(*panels)
     own = sorted(set().union(*lines) - usual)           # the task's own columns
     panels[1] = own or panels[1]
     figure = Figure(figsize=(10, 6))

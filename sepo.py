@@ -1,34 +1,47 @@
-"""Policy optimization on sampled paths of a discrete diffusion model.
+"""Policy optimization on sampled paths of a discrete diffusion model: SEPO, LOOP, PRDP.
 
-A model drew a Path of B = P * G samples, G for each of P prompts, and a black box gave each sample
-a reward. The objective is J = E[R] - beta * KL(p_theta || p_ref), with R the reward and the KL, in
-nats, that of the paths. LOOP, and SEPO on visited states with the KL in the return, ascend it at
-theta_old; the other choices approximate it, as their docstrings say. Nothing in this file knows a
-chain: the process supplies views (states and the slots that are scored there) and slot laws w.
+SEPO (Score Entropy Policy Optimization, 2502.01384) is a policy gradient for models that are known
+through their concrete score s(x)_y = p(y) / p(x). With advantages A of the samples x,
+    grad E[R] = -E_x[A(x) sum_{y != x} p(y) grad log s(x)_y]                                   (1)
+What we do, and where it differs from the paper and its code:
+- The paper takes (1) at final samples. We take it at states that the sampler visited on its path,
+  and there at the slots that were revealed next.
+- The paper sums over the L (V - 1) sequences y that differ from x in one slot, which biases (1).
+  We condition on the line of such sequences, given all other slots; there the sum is exact.
+- The paper estimates p(y) by importance sampling, in hundreds of passes. On the line p(y) is the
+  distribution w = softmax(log s) of the slot: one pass, and one importance ratio per token.
+- The paper caps the ratio in a detached coefficient (clip_mode="cap"). Our default is PPO's clip.
+- Their code can add a KL to the loss. We subtract beta log p(path)/p_ref(path) from the reward.
+The paper's own estimator is `published_loss`.
 
-Reading order: what a sample is worth; SEPO on views; SEPO as published, on neighbours; LOOP and
-PRDP; the exact optimum of small spaces.
+A path has B = P * G samples, G for each of P prompts. The objective is J = E[R] - beta KL(p ||
+p_ref), with the KL of paths in nats. Losses take (process, model, view, advantages), change
+nothing, and return (loss, clip_fraction). Only `published_loss` knows a chain: it needs masks.
+
+Reading order: what a sample is worth; SEPO; LOOP and PRDP; SEPO as published; the exact optimum.
 """
-import torch
+from dataclasses import dataclass, replace
 
-from diffusion import device_of, draw, every_sequence, logits_at, pick
+import torch
+from torch import Tensor
+
+from diffusion import device_of, every_sequence, gumbel_argmax, logits_at, pick, stratified
 
 # -----------------------------------------------------------------------------
 # what a sample is worth
 
 class Baseline:
-    """Running mean of the returns and variance of the rewards, for kinds `ppo` and `running`."""
+    """Running mean of the returns, for advantages of kind `running`."""
 
     def __init__(self, decay=0.9):
         self.decay = decay
-        self.mean = self.variance = self.weight = 0.0
+        self.mean = self.weight = 0.0
 
-    def update(self, returns, rewards):
-        """Fold in a rollout (tensors of any shape), after its advantages were taken."""
+    def update(self, returns):
+        """Fold in a rollout (a tensor of any shape), after its advantages were taken."""
         self.weight = self.decay * self.weight + 1 - self.decay
-        rate = (1 - self.decay) / self.weight           # 1 at first: no bias towards the zeros
+        rate = (1 - self.decay) / self.weight           # 1 at first: no bias towards the zero
         self.mean += rate * (returns.mean().item() - self.mean)
-        self.variance += rate * (rewards.var(correction=0).item() - self.variance)
 
     def state_dict(self):
         return dict(vars(self))
@@ -41,71 +54,71 @@ def advantages(returns, kind="grpo", baseline=None, scale=None):
     """Returns [P, G] (rewards, minus what the KL costs) -> advantages [P, G].
 
     grpo     (R - group mean) / scale                               (GRPO, 2402.03300)
-    dr_grpo  R - group mean                                         (Dr. GRPO, 2503.20783)
     loo      R - mean of the others in the group                    (LOOP, 2503.00897)
-    ppo      (R - m) / scale, with m the running mean of the returns (Baseline)
-    running  R - m                                                  (REINFORCE with a baseline)
+    running  R - m, with m the running mean of the returns          (REINFORCE with a Baseline)
 
-    scale: one number per rollout, from `reward_scale` (1 for the other kinds); None: that of the
-    returns themselves.
-    With grpo, dr_grpo and loo the only sample of a group gets 0, and so do equal returns. Before
-    the first update of the baseline m is the mean of this rollout."""
+    scale: one number per rollout, from `reward_scale`; None: that of the returns themselves.
+    loo is unbiased. running is too, but for the first rollout, whose own mean is m. With grpo the
+    scale depends on the same samples, so that small groups point elsewhere: on a space of four
+    sequences the expected gradient has a cosine of 0.877 with the true one for G = 2, and 0.997
+    for G = 6 (tests/test_sepo.py). The only sample of a group gets 0 from grpo and loo, and so do
+    equal returns."""
     returns = returns.double()
-    if kind in ("grpo", "dr_grpo", "loo"):
-        mean = returns.mean(dim=1, keepdim=True)                                        # [P, 1]
-    elif kind not in ("ppo", "running"):
-        raise ValueError(f"unknown advantage {kind!r}: grpo, dr_grpo, loo, ppo or running")
-    elif baseline is None or baseline.weight == 0:
-        mean = returns.mean()
+    G = returns.size(1)
+    if kind == "grpo":
+        centred = returns - returns.mean(dim=1, keepdim=True)
+    elif kind == "loo":
+        centred = (returns - returns.mean(dim=1, keepdim=True)) * (G / max(1, G - 1))
+    elif kind == "running":
+        is_new = baseline is None or baseline.weight == 0
+        centred = returns - (returns.mean() if is_new else baseline.mean)
     else:
-        mean = baseline.mean
-    centred = returns - mean
-    if kind == "loo":
-        G = returns.size(1)
-        centred = centred * (G / max(1, G - 1))
-    scale = reward_scale(returns, kind, baseline) if scale is None else scale
+        raise ValueError(f"unknown advantage {kind!r}: grpo, loo or running")
+    scale = reward_scale(returns, kind) if scale is None else scale
     return torch.where(scale > 0, centred / scale, 0.0).float()
 
 
-def reward_scale(rewards, kind, baseline=None, beta=0.0):
-    """What advantages are divided by: a float64 scalar, 1 for kinds that are not standardized.
+def reward_scale(rewards, kind, beta=0.0):
+    """What advantages of rewards [P, G] are divided by: a float64 scalar; 1 for loo and running.
 
-    It is the deviation of the rewards around their group means (grpo; pooled over the rollout) or
-    within rollouts (ppo; a running mean), plus beta for the KL, which deviates by about 1 nat:
-    sqrt(deviation^2 + beta^2). Were the *returns* standardized, a group of equal rewards would
-    get advantages of size 1 made of its KL alone, whatever beta. GRPO divides each group by its
-    own deviation, which weighs prompts unequally; one scale per rollout keeps the objective."""
+    For grpo the deviation of the rewards around their group means, pooled over the rollout, plus
+    beta for the KL, which deviates by about 1 nat: sqrt(deviation^2 + beta^2). Were the *returns*
+    standardized, a group of equal rewards would get advantages of size 1 made of its KL alone,
+    whatever beta. GRPO divides each group by its own deviation, which weighs prompts unequally;
+    one scale per rollout keeps the objective."""
     rewards = rewards.double()
-    if kind not in ("grpo", "ppo"):
+    if kind != "grpo":
         return torch.ones_like(rewards[0, 0])
-    if kind == "grpo":
-        variance = rewards.var(dim=1, correction=0).mean()
-    elif baseline is None or baseline.weight == 0:
-        variance = rewards.var(correction=0)
-    else:
-        variance = rewards.new_tensor(baseline.variance)
-    scale = (variance + beta ** 2).sqrt()
+    scale = (rewards.var(dim=1, correction=0).mean() + beta ** 2).sqrt()
     rounding = 1e-14 * rewards.abs().max()              # float64: a smaller deviation is none
     return torch.where(scale > rounding, scale, 0.0)
 
 # -----------------------------------------------------------------------------
 # SEPO
 
-def draw_view(process, path, states):
-    """The states at which concrete scores are taken, one forward pass per view:
+def draw_view(process, model, path, events=1):
+    """`events` random states of each path -> View, whose weights make sum(weight * f) an unbiased
+    estimate of the mean over paths of the sum of f over all events. events=0: all states.
 
-    path      a state that the sampler visited, and the slots that it revealed there
-    noised    x_t ~ q(. | x0) at a random level, all masked slots at once (a likelihood bound)
-    terminal  the final sample with one slot freed (t -> 0): a pseudo-likelihood
-    (The fourth choice of --states, the published estimator, is `neighbours_loss`.)
-    """
-    if states == "path":
-        return process.path_view(path)
-    if states == "noised":
-        return process.noised_view(path.tokens, path.given)
-    if states == "terminal":
-        return process.terminal_view(path.tokens, path.given)
-    raise ValueError(f"unknown states {states!r}: path, noised or terminal")
+    logp_old is that of the policy that the path remembers; of `model`, if it remembers none."""
+    n = path.n_events                                                                   # [B]
+    B = len(n)
+    if events:
+        row = torch.arange(B, device=n.device).repeat(events)
+        cell = torch.arange(events, device=n.device).repeat_interleave(B)
+        u = (cell + stratified(B, n.device).repeat(events)) / events    # one per cell and path
+        event = (u * n[row]).long()
+        weight = n[row] / (events * B)
+    else:
+        row, event = path.visits
+        weight = torch.full_like(row, 1 / B, dtype=torch.float)
+    view = path.view(row, event)
+    logp_old = view.logp_old
+    if logp_old is None:
+        with torch.no_grad():
+            logp_old = pick(process.log_probs(model, view), view.y)
+    share = torch.full_like(weight, 1 / max(1, len(row)))
+    return replace(view, weight=weight, share=share, logp_old=logp_old)
 
 
 def surrogate(log_ratio, A, clip, mode="stop"):
@@ -120,67 +133,119 @@ def surrogate(log_ratio, A, clip, mode="stop"):
     return smaller.detach() * log_ratio if mode == "cap" else smaller, free > clipped
 
 
-def policy_loss(objective, active, weight, path):
-    """-> minus the weighted objective per sample; and among the stats clip_fraction, the share of
-    scored terms at which the clip is active."""
-    scored = weight > 0
-    clipped = (active & scored).sum() / scored.sum().clamp(min=1)
-    loss = -(weight * objective).sum() / len(path.tokens)
-    return loss, {"clip_fraction": clipped}
+def policy_loss(objective, is_clipped, scored, weight, share):
+    """objective, is_clipped, scored [n, k]; weight, share [n] -> minus the weighted objective; and
+    the clip_fraction: per state the share of scored terms at which the clip is active; the mean."""
+    loss = -(weight[:, None] * scored * objective).sum()
+    n_clipped = (is_clipped & scored).sum(dim=1)
+    return loss, (share * n_clipped / scored.sum(dim=1).clamp(min=1)).sum()
 
 
-def sepo_loss(process, model, path, advantages, states="path", clip=0.2, clip_mode="stop",
-              view=None, consistency=0.0, entropy=0.0, reference=None, beta=0.0):
-    """Score Entropy Policy Optimization (SEPO, 2502.01384) -> (loss, stats).
+def sepo_loss(process, model, view, advantages, clip=0.2, clip_mode="stop"):
+    """Score Entropy Policy Optimization (SEPO, 2502.01384) -> (loss, clip_fraction).
 
-    SEPO's gradient is -E_x[A(x) sum_{y != x} p(y) grad log s(x)_y]. On the line of sequences that
-    differ from x in one slot, given all other slots, p(y) becomes the slot law
-    w_v = softmax_v(log s(x)_v), and (tests/test_sepo.py checks both identities):
+    On the line of sequences that differ from x in one slot, given all other slots, p(y) in (1)
+    becomes w_v = softmax_v(log s(x)_v), and (tests/test_sepo.py checks both identities):
       sum_v w_v grad log s(x)_v = -grad log w_{x_i}                the sum is one log-probability
       (w_v'/w_v) (s(x)_v / s(x)_v') = w'_{x_i} / w_{x_i}           one ratio, whatever v
-    So a line costs one number, log w of its token. Conditioning on the line is our step, not the
-    paper's. With states="path" w is the sampler's own transition kernel: at theta_old the gradient
-    is minus the policy gradient of the sampler as it runs (as DDPO, 2305.13301, for images), and
-    with clip_mode="stop" the loss is that of LOOP on one event, where an event moves one slot.
-
-    advantages: [B]. view: the scored states; None draws them here, with theta as theta_old.
-    consistency: weight of log w of own samples; on noised states that is the likelihood bound, and
-    holds it tight (DiPOD, 2606.13795). entropy: weight of the entropy of the slot laws, nats.
-    reference, beta: KL(w || w_reference) in closed form, nats, and its weight. Losses of the parts
-    of a view (view.split) add up to its loss."""
-    view = draw_view(process, path, states) if view is None else view
-    log_w = process.log_law(model, view)                                                # [n, k, V]
-    logp = pick(log_w, view.y)                                                          # [n, k]
-    if view.logp_old is None:                           # theta is still theta_old
-        view.logp_old = logp.detach()
-    A = advantages[view.row, None]
-    objective, active = surrogate(logp - view.logp_old, A, clip, clip_mode)
-    w = log_w.exp()
-    if consistency:
-        objective = objective + consistency * logp
-    if entropy:
-        objective = objective - entropy * (w * log_w).sum(dim=-1)
-    if reference is not None:
-        with torch.no_grad():
-            log_ref = process.log_law(reference, view)
-        objective = objective - beta * (w * (log_w - log_ref)).sum(dim=-1)
-    return policy_loss(objective, active, view.weight, path)
+    So a line costs one number, log w of its token. At visited states w is the sampler's own
+    transition kernel: at theta_old the gradient is minus the policy gradient of the sampler as it
+    runs (as DDPO, 2305.13301, for images), and with clip_mode="stop" the loss is that of LOOP on
+    one event, where an event moves one slot. advantages: [B]."""
+    logp = pick(process.log_probs(model, view), view.y)                                 # [n, k]
+    A = advantages[view.row, None]                                                      # [n, 1]
+    objective, is_clipped = surrogate(logp - view.logp_old, A, clip, clip_mode)
+    return policy_loss(objective, is_clipped, view.scored, view.weight, view.share)
 
 # -----------------------------------------------------------------------------
-# SEPO's published estimator: all sequences that differ from the sample in one slot
+# LOOP, REINFORCE, PRDP
+
+def loop_loss(process, model, view, advantages, clip=0.2):
+    """Leave-one-out PPO (LOOP, 2503.00897) -> (loss, clip_fraction). advantages [B], of kind `loo`.
+
+    Ratio and clip are per transition: an event with all the slots that it moved. With clip = inf
+    and one update per rollout it is REINFORCE."""
+    logp = pick(process.log_probs(model, view), view.y)                                 # [n, k]
+    log_ratio = ((logp - view.logp_old) * view.scored).sum(dim=1, keepdim=True)         # [n, 1]
+    objective, is_clipped = surrogate(log_ratio, advantages[view.row, None], clip)
+    moved = view.scored.any(dim=1, keepdim=True)
+    return policy_loss(objective, is_clipped, moved, view.weight, view.share)
+
+
+def prdp_loss(process, model, path, rewards, kl, beta, clip=0.5, chunk=None):
+    """Proximal reward difference prediction (PRDP, 2402.08714) -> (loss, clip_fraction).
+
+    rewards [P, G]; kl [P, G]: log p(path)/p_ref(path) when the path was drawn, nats. At the optimum
+    of J, d = beta log p(path)/p_ref(path) - R is the same for all paths of a prompt, if the
+    conditionals of the reference agree with one distribution and an event moves one slot.
+    Regressing each d on its group's mean is, without the clip, the regression of all pairs. The
+    proximal clip keeps the log-ratio of every event to the policy that drew it within `clip` nats,
+    and the larger of both errors counts. Divided by 2 beta: at theta_old its gradient is
+    -(G - 1)/G that of J. chunk: states per forward pass."""
+    def error(change):
+        d = beta * (kl + change.sum(dim=1).view_as(kl)) - rewards                       # [P, G]
+        return (d - d.mean(dim=1, keepdim=True)).square() / (2 * beta)
+
+    new = process.replay(model, path, chunk)
+    change = path.by_event(new - path.logp)                                             # [B, E]
+    clipped = change.clamp(-clip, clip)
+    free, near = error(change), error(clipped)
+    is_clipped = (near > free) & (clipped != change).any(dim=1).view_as(rewards)
+    return torch.maximum(free, near).mean(), is_clipped.float().mean()
+
+# -----------------------------------------------------------------------------
+# SEPO as published: all sequences that differ from the sample in one slot
+
+@dataclass
+class Neighbours:
+    """What the estimator remembers of the policy that drew the samples."""
+    x: Tensor                           # [B, L]     the samples
+    given: Tensor                       # [B, L]     slots of the prompt
+    log_s: Tensor                       # [B, L, V]  log s(x)_y, where y is x with slot i set to v
+    p: Tensor                           # [B, L, V]  estimates of p(y)
+
+
+def draw_neighbours(process, model, path, p_of=None):
+    """The view of `published_loss`: the neighbours of the path's samples under `model`."""
+    with torch.no_grad():
+        log_s, p = neighbours(process, model, path.tokens, p_of or importance_sampled)
+    return Neighbours(path.tokens, path.given, log_s, p)
+
+
+def neighbours(process, model, x, p_of):
+    """At samples x [B, L] -> log s(x)_y [B, L, V]; p(y) [B, L, V] without gradient.
+
+    s is a ratio of the slot's probabilities at t -> 0, with the slot masked again on its own.
+    p_of: the estimate of p(y); on small spaces it may be looked up (tests/exact.py)."""
+    (B, L), V = x.shape, process.vocab_size
+    slots = torch.arange(L, device=x.device).repeat(B)[:, None]                     # [B L, 1]
+    x_masked = x.repeat_interleave(L, dim=0).scatter(1, slots, process.mask)        # [B L, L]
+    logits = logits_at(model, x_masked, torch.zeros(B * L, device=x.device), slots)
+    log_w = logits.log_softmax(dim=-1).view(B, L, V)
+    log_s = log_w - pick(log_w, x)[..., None]
+    slots = slots.repeat_interleave(V, dim=0)                                       # [B L V, 1]
+    letters = torch.arange(V, device=x.device).repeat(B * L)[:, None]
+    y = x.repeat_interleave(L * V, dim=0).scatter(1, slots, letters)                # [B L V, L]
+    with torch.no_grad():
+        p = p_of(model, y, slots)
+    return log_s, p.view(B, L, V)
+
 
 def importance_sampled(model, y, slots, M=2):
-    """The authors' estimate of p(y) -> [n, 1]: y [n, L], and the changed slots [n, 1].
+    """The paper's estimate of p(y) -> [n, 1]: y [n, L], and the changed slots [n, 1].
 
-    M sequences z ~ pi(. | y) from the network's slot laws at y weigh pi(z) / pi(z | y), with
-    pi(z) ~ 1 / pi(z | z), all at the changed slot; p(y) is the weighted mean of pi(z | y). As in
-    the authors' code: the identity has pi(y | z) there, and a masked model is read at slots that
-    are not masked, which its training leaves untouched."""
+    M sequences z ~ pi(. | y) from the network's distributions at y weigh pi(z) / pi(z | y), with
+    pi(z) ~ 1 / pi(z | z), all at the changed slot; p(y) is the weighted mean of pi(z | y), as in
+    the authors' code (the identity has pi(y | z) there), where a masked model is read at slots that
+    are not masked, which its training leaves untouched. Their code differs from this in four
+    points: its pi(z) is a constant, since it clamps log-probabilities, which are negative, to
+    1e-8; it pairs sample m with slot m instead of the changed slot; y = x counts among the
+    neighbours; and it takes the smaller of two sums over the whole batch, not term by term."""
     t = torch.zeros(len(y), device=y.device)
     logits = model(y, t)                                                                # [n, L, V]
     total = weights = 0
     for _ in range(M):
-        z = draw(logits)                                                                # [n, L]
+        z = gumbel_argmax(logits)                                                       # [n, L]
         given_y = pick(logits.log_softmax(dim=-1), z).gather(1, slots).exp()            # pi(z | y)
         at_z = logits_at(model, z, t, slots).log_softmax(dim=-1)                        # [n, 1, V]
         given_z = pick(at_z, z.gather(1, slots)).exp()                                  # pi(z | z)
@@ -190,110 +255,57 @@ def importance_sampled(model, y, slots, M=2):
     return total / weights
 
 
-def neighbours(process, model, path, p_of=importance_sampled):
-    """What the estimator needs of a model, at the final samples x [B, L]
-    -> log s(x)_y [B, L, V], p(y) [B, L, V] without gradient.
-
-    y is x with slot i set to v. s is the ratio of the slot laws at t -> 0. p_of: the estimate of
-    p(y); on small spaces it may be looked up in the exact law (tests/exact.py)."""
-    x = path.tokens
-    log_w = process.slot_laws(model, path)                                              # [B, L, V]
-    log_s = log_w - pick(log_w, x)[..., None]
-    B, L, V = log_s.shape
-    slots = torch.arange(L, device=x.device).repeat_interleave(V).repeat(B)[:, None]
-    letters = torch.arange(V, device=x.device).repeat(B * L)[:, None]
-    y = x.repeat_interleave(L * V, dim=0).scatter(1, slots, letters)                # [B L V, L]
-    with torch.no_grad():
-        p = p_of(model, y, slots)
-    return log_s, p.view(B, L, V)
-
-
-def neighbours_loss(process, model, path, advantages, old, clip=0.2, p_of=importance_sampled):
-    """The published loss (SEPO, 2502.01384) -> (loss, stats); old: `neighbours` of the policy that
-    drew the path.
+def published_loss(process, model, old, advantages, clip=0.2, p_of=None):
+    """The published loss (SEPO, 2502.01384) -> (loss, clip_fraction); old: `draw_neighbours` of the
+    policy that drew the samples.
 
     Its gradient is that of E_x[sum_{y != x} p(y) min(r A, clip(r) A) log s(x)_y] with all but log s
     detached: the capped surrogate of r = (p/p_old)(s_old/s), which depends on theta as -log s does.
     The identity behind it sums over all sequences y; over those that differ in one slot it is
-    biased. `path` differs in that it conditions on a line. With p(y) by sampling the ratio is
-    noisy, so that the clip is active at theta_old already."""
-    log_s_old, p_old = old
-    log_s, p = neighbours(process, model, path, p_of)
-    log_ratio = p.clamp(min=1e-30).log() - p_old.clamp(min=1e-30).log() + log_s_old - log_s
-    objective, active = surrogate(log_ratio, advantages[:, None, None], clip, mode="cap")
-    is_other = torch.arange(log_s.size(-1), device=p.device) != path.tokens[..., None]
-    weight = p * (is_other & ~path.given[..., None])
-    return policy_loss(objective, active, weight, path)
-
-# -----------------------------------------------------------------------------
-# LOOP, REINFORCE, PRDP
-
-def loop_loss(process, model, path, advantages, clip=0.2, view=None):
-    """Leave-one-out PPO (LOOP, 2503.00897) -> (loss, stats). advantages [B], of kind `loo`.
-
-    Ratio and clip are per transition: an event with all the slots that it moved. view: the scored
-    events; None: all of them. Losses of several views, as from path.views, add up. With clip = inf
-    and one update per rollout it is REINFORCE."""
-    view = path.view(*path.visits) if view is None else view
-    moved = view.weight > 0
-    logp = pick(process.log_law(model, view), view.y)                                   # [n, k]
-    log_ratio = ((logp - view.logp_old) * moved).sum(dim=1, keepdim=True)               # [n, 1]
-    weight = view.weight.amax(dim=1, keepdim=True)
-    objective, active = surrogate(log_ratio, advantages[view.row, None], clip)
-    return policy_loss(objective, active, weight, path)
-
-
-def prdp_loss(process, model, path, rewards, kl, beta, clip=0.5, chunk=None):
-    """Proximal reward difference prediction (PRDP, 2402.08714) -> (loss, stats).
-
-    rewards [P, G]; kl [P, G]: log p(path)/p_ref(path) when the path was drawn, nats. At the
-    optimum of J, d = beta log p(path)/p_ref(path) - R is the same for all paths of a prompt, if the
-    conditionals of the reference agree with one law and an event moves one slot. Regressing each d
-    on its group's mean is, without the clip, the regression of all pairs. The proximal clip keeps
-    the log-ratio of every event to the policy that drew it within `clip` nats, and the larger of
-    both errors counts. Divided by 2 beta: at theta_old its gradient is -(G - 1)/G that of J."""
-    def error(change):
-        d = beta * (kl + change.sum(dim=1).view_as(kl)) - rewards                       # [P, G]
-        return (d - d.mean(dim=1, keepdim=True)).square() / (2 * beta)
-
-    new = process.replay(model, path, chunk)
-    change = path.by_event(new - path.logp)                                             # [B, E]
-    clipped = change.clamp(-clip, clip)
-    free, near = error(change), error(clipped)
-    active = (near > free) & (clipped != change).any(dim=1).view_as(rewards)
-    return torch.maximum(free, near).mean(), {"clip_fraction": active.float().mean()}
+    biased. With p(y) by sampling the ratio is noisy, so that the clip is active at theta_old."""
+    log_s, p = neighbours(process, model, old.x, p_of or importance_sampled)
+    log_ratio = p.clamp(min=1e-30).log() - old.p.clamp(min=1e-30).log() + old.log_s - log_s
+    A = advantages[:, None, None]
+    objective, is_clipped = surrogate(log_ratio, A, clip, mode="cap")                   # [B, L, V]
+    is_other = torch.arange(log_s.size(-1), device=p.device) != old.x[..., None]
+    scored = is_other & ~old.given[..., None]
+    share = torch.full_like(advantages, 1 / len(old.x))
+    terms = ((p * objective).flatten(1), is_clipped.flatten(1), scored.flatten(1))  # [B, L V] each
+    return policy_loss(*terms, share, share)
 
 # -----------------------------------------------------------------------------
 # the exact optimum of small spaces
 
 def ground_truth(process, reference, reward, length, beta, steps=None):
-    """-> a function of a model: its J by enumeration, beside the best that any law can do.
+    """-> a function of a model: its J by enumeration, beside the best that any model can do.
 
-    reward: the black box, tokens [V**L, L] -> float [V**L]; asked once. Over laws p of the sample,
-    J(p) = E_p[R] - beta KL(p || p_ref) is largest at p* ~ p_ref exp(R / beta), where it is
-    beta log E_ref exp(R / beta). share_of_optimum = (J - J_ref) / (J* - J_ref). The law is that of
-    `sample` without a corrector, and the KL that of the samples, not of the paths."""
+    reward: the black box, tokens [V**L, L] -> float [V**L]; asked once. Over distributions p of the
+    sample, J(p) = E_p[R] - beta KL(p || p_ref) is largest at p* ~ p_ref exp(R / beta), where it is
+    beta log E_ref exp(R / beta). share_of_optimum = (J - J_ref) / (J* - J_ref); where the reference
+    is the optimum, as with equal rewards, it is 1 - KL. The distribution is that of `sample`
+    without a corrector, and the KL that of the samples, not of the paths."""
     @torch.no_grad()
-    def law(model):
-        p = process.exact_law(model, length, steps).double()                            # [V**L]
-        return p / p.sum()                              # float32 sums to 1 only nearly
+    def distribution(model):
+        p = process.exact_law(model, length, steps)                                     # [V**L]
+        return p / p.sum()                              # sums to 1 up to rounding
 
     beta = max(beta, 1e-9)                              # at 0 the optimum is the largest reward
     R = reward(every_sequence(process.vocab_size, length, device_of(reference))).double()
-    p_ref = law(reference)
-    log_ref = p_ref.log()                               # -inf for what it never draws
+    p_ref = distribution(reference)
     value_ref = (p_ref * R).sum().item()
-    tilted = log_ref + R / beta
+    tilted = p_ref.log() + R / beta                     # -inf for what the reference never draws
     optimum = beta * tilted.logsumexp(dim=0).item()
     best = (tilted.softmax(dim=0) * R).sum().item()
-    room = optimum - value_ref                          # 0 where all sequences have one reward
+    room = optimum - value_ref
+    if room < 1e-9 * max(1, abs(value_ref)):            # no more than rounding
+        room = beta
+    log_ref = p_ref.clamp(min=torch.finfo(p_ref.dtype).tiny).log()
 
     def evaluate(model):
-        p = law(model)
+        p = distribution(model)
         value = (p * R).sum().item()
-        kl = (torch.xlogy(p, p) - p * log_ref.clamp(min=-100)).sum().item()
-        gain = value - beta * kl - value_ref
-        share = gain / room if room > 1e-9 * max(1, abs(value_ref)) else 1.0
+        kl = (torch.xlogy(p, p) - p * log_ref).sum().item()
+        share = 1 - (optimum - value + beta * kl) / room
         return dict(exact_reward=value, exact_kl=kl, share_of_optimum=share, best_reward=best,
                     pretrained_reward=value_ref)
     return evaluate

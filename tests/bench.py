@@ -19,7 +19,7 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 import sepo  # noqa: E402
-from diffusion import Absorbing, draw  # noqa: E402
+from diffusion import Absorbing, gumbel_argmax, logits_at  # noqa: E402
 from model import Config, Denoiser  # noqa: E402
 
 SMALL, LARGE = dict(n_layer=4, n_head=4, n_embd=128), dict(n_layer=8, n_head=8, n_embd=512)
@@ -36,15 +36,15 @@ def ancestral(process, model, B, L, N, steps):
     x = torch.full((B, L), process.mask, device=device)
     for k in range(N, N - steps, -1):
         p = model(x, torch.full((B,), k / N, device=device)).softmax(dim=-1)            # [B, L, V]
-        y = draw(p.log())
+        y = gumbel_argmax(p.log())
         now = torch.rand(x.shape, device=device) < 1 / k
         x = torch.where((x == process.mask) & now, y, x)
 
 
 @torch.no_grad()
 def network_alone(model, path):
-    for view in path.views():
-        model.logits_at(view.x, view.t, view.slots)
+    for view in path.views(len(path.tokens)):
+        logits_at(model, view.x, view.t, view.slots)
 
 
 def seconds(job, device, repeats):
@@ -61,10 +61,25 @@ def seconds(job, device, repeats):
 
 def new_network(V, L, device, size):
     torch.manual_seed(0)
-    model = Denoiser(Config(V, L, **size)).to(device).eval()
+    autocast = torch.bfloat16 if device == "cuda" else None
+    model = Denoiser(Config(V, L, **size), autocast).to(device).eval()
     torch.nn.init.normal_(model.head.weight, std=0.1)
-    model.autocast = torch.bfloat16 if device == "cuda" else None
     return model
+
+
+class Counted(torch.nn.Module):
+    """A model that counts the states which go through it."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.states = model, 0
+
+    def forward(self, x, t):
+        return self.logits_at(x, t, None)
+
+    def logits_at(self, x, t, slots):
+        self.states += len(x)
+        return self.model.logits_at(x, t, slots)
 
 
 def draws(device):
@@ -84,20 +99,19 @@ def updates(device):
     print("| V, L, B | states through the network: published | ours | seconds: published | ours "
           "| ratio |\n|" + " --- |" * 6)
     for V, L, B in UPDATES:
-        model, process = new_network(V, L, device, SMALL), Absorbing(V)
+        model, process = Counted(new_network(V, L, device, SMALL)), Absorbing(V)
         optimizer = torch.optim.AdamW(model.parameters(), 1e-5, fused=True)
         path, A = process.sample(model, B, L), torch.randn(B, device=device)
-        with torch.no_grad():
-            old = sepo.neighbours(process, model, path)
+        view, old = (draw(process, model, path) for draw in (sepo.draw_view, sepo.draw_neighbours))
 
-        def update(method, *more):
-            model.passes = 0
-            method(process, model, path, A, *more)[0].backward()
+        def update(loss_of, seen):
+            model.states = 0
+            loss_of(process, model, seen, A)[0].backward()
             optimizer.step()
             optimizer.zero_grad()
-            return model.passes
-        ours, n = seconds(lambda: update(sepo.sepo_loss), device, 20)
-        published, m = seconds(lambda: update(sepo.neighbours_loss, old), device, 2)
+            return model.states
+        ours, n = seconds(lambda: update(sepo.sepo_loss, view), device, 20)
+        published, m = seconds(lambda: update(sepo.published_loss, old), device, 2)
         print(f"| {V}, {L}, {B} | {m:,} | {n:,} | {published:.2f} | {ours:.4f} | "
               f"{published / ours:.0f} |", flush=True)
 

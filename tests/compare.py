@@ -2,10 +2,8 @@
 
     python tests/compare.py defaults        # every task as it is: the table of the README
     python tests/compare.py methods         # the toy: SEPO with both clips, LOOP, PRDP, REINFORCE
-    python tests/compare.py states          # the toy: where SEPO takes the score
     python tests/compare.py factorial       # the toy: events x updates x advantage
     python tests/compare.py clips           # the toy: settings of the two clips
-    python tests/compare.py kl              # the toy: the KL in the return or in the loss
     python tests/compare.py arithmetic      # every method on prompts never seen
     python tests/compare.py dna             # every method on the dna task
     python tests/compare.py beta            # dna: oracle and truth for several KL weights
@@ -31,24 +29,15 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 TOY = ["--task=toy", "--iters=157", "--eval_every=3", "--report_samples=0"]     # 20,096 rewards
 ARITHMETIC = ["--task=arithmetic", "--iters=60", "--eval_every=2", "--report_samples=0"]
 DNA = ["--task=dna", "--report_samples=500"]
-NEIGHBOURS = ["--states=neighbours", "--updates=4"]
-LABELS = {"queries": "rewards asked", "total_passes": "passes", "kl": "KL of the paths, nats",
-          "reward": "oracle"}
-LOOP, PRDP = ["--algo=loop"], ["--algo=prdp"]
-REINFORCE = ["--algo=reinforce"]
+LABELS = {"queries": "rewards asked", "kl": "KL of the paths, nats", "reward": "oracle"}
+LOOP, PRDP, REINFORCE = ["--algo=loop"], ["--algo=prdp"], ["--algo=reinforce"]
 
 COMPARISONS = {             # name: (flags of all runs, the column to compare, {variant: its flags})
     "defaults": ([], "reward", {
         task: [f"--task={task}"] for task in ("toy", "arithmetic", "dna", "text")}),
     "methods": (TOY, "share_of_optimum", {
         "sepo": [], "sepo, cap": ["--clip_mode=cap"], "loop": LOOP, "prdp": PRDP,
-        "reinforce": REINFORCE}),
-    "states": (TOY, "share_of_optimum", {
-        "path": [],
-        "noised": ["--states=noised"],
-        "noised, consistency 0.3": ["--states=noised", "--consistency=0.3"],
-        "terminal": ["--states=terminal"],
-        "neighbours (as published)": NEIGHBOURS}),
+        "reinforce": REINFORCE, "published": ["--algo=published"]}),
     "factorial": (TOY, "share_of_optimum", {
         f"{'1 event' if events else 'all events'}, {updates} updates, {advantage}":
             [f"--path_events={events}", f"--updates={updates}", f"--advantage={advantage}"]
@@ -57,14 +46,11 @@ COMPARISONS = {             # name: (flags of all runs, the column to compare, {
         f"{mode}, {clip}, {updates} updates":
             [f"--clip_mode={mode}", f"--clip={clip}", f"--updates={updates}"]
         for mode in ("stop", "cap") for clip in (0.1, 0.2) for updates in (4, 16)}),
-    "kl": (TOY, "share_of_optimum", {
-        f"loss, {kind}": ["--kl=loss", f"--advantage={kind}"] for kind in ("grpo", "ppo")}),
     "arithmetic": (ARITHMETIC, "held_out_reward", {
         "sepo": [], "sepo, cap": ["--clip_mode=cap"], "loop": LOOP, "prdp": PRDP,
         "reinforce": REINFORCE}),
     "dna": (DNA, "true activity", {
         "sepo": [], "sepo, cap": ["--clip_mode=cap"],
-        "sepo, noised": ["--states=noised", "--consistency=0.3"],
         "loop": [*LOOP, "--path_events=5", "--updates=4"], "prdp": [*PRDP, "--updates=2"],
         "reinforce": [*REINFORCE, "--path_events=5"], "sepo, no KL": ["--beta=0"]}),
     "beta": (DNA, "true activity", {
@@ -100,9 +86,6 @@ def run(out, name, seed, key):
     folder = folder_of(out, name, seed)
     train(folder, *flags, f"--seed={seed}", f"--init={start}")
     lines = [json.loads(line) for line in open(folder / "metrics.jsonl")]
-    passes = 0
-    for line in lines:
-        line["total_passes"] = passes = passes + line["passes"]
     lines = [line for line in lines if key in line]
     print(f"{out.name}: {name}, seed {seed}: {lines[-1][key]:.3f}", file=sys.stderr, flush=True)
     return lines
@@ -113,9 +96,8 @@ def span(values):
 
 
 def table(runs, key, marks):
-    """Markdown: the column at some numbers of rewards, at the end for every seed, and passes."""
-    heads = [f"at {mark:,} rewards" for mark in marks]
-    heads += ["at the end, every seed", "median", "million passes"]
+    """Markdown: the column at some numbers of rewards, and at the end for every seed."""
+    heads = [f"at {mark:,} rewards" for mark in marks] + ["at the end, every seed", "median"]
     rows = [f"| | {' | '.join(heads)} |", "|" + " --- |" * (len(heads) + 1)]
     for name, seeds in runs.items():
         cells = []
@@ -125,7 +107,6 @@ def table(runs, key, marks):
         ends = [lines[-1][key] for lines in seeds]
         cells.append(", ".join(f"{end:.3f}" for end in ends))
         cells.append(f"{statistics.median(ends):.3f}")
-        cells.append(f"{seeds[0][-1]['total_passes'] / 1e6:.1f}")
         rows.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
@@ -135,8 +116,8 @@ def figure(runs, panels, file):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    drawing, axes = plt.subplots(1, len(panels), figsize=(10, 4))
-    for axis, (x, y) in zip(axes, panels):
+    drawing, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4), squeeze=False)
+    for axis, (x, y) in zip(axes[0], panels):
         for i, (name, seeds) in enumerate(runs.items()):
             if x == "kl":
                 for lines in seeds:
@@ -152,11 +133,9 @@ def figure(runs, panels, file):
         shown = "every seed" if x == "kl" else "median and range"
         axis.set_xlabel(f"{LABELS[x]} ({len(seeds)} seeds: {shown})")
         axis.set_ylabel(LABELS.get(y, y.replace("_", " ")))
-        if x == "total_passes":
-            axis.set_xscale("log")
         if y == "share_of_optimum":
             axis.set_ylim(-0.3, 1.03)
-    axes[0].legend(fontsize=8)
+    axes[0, 0].legend(fontsize=8)
     drawing.tight_layout()
     drawing.savefig(file, dpi=110)
 
@@ -199,19 +178,21 @@ def task_table(out, names, seeds):
 
 
 def cosines():
-    """The gradient of every choice of --states, averaged over all final samples with their exact
-    probabilities, against autograd through the exact law; V = 3, L = 3, a reward without structure.
-    `path` is enumerated over all paths; the random views of the others are averaged over 2,000
-    draws per sample."""
+    """The expected gradient of each estimator against autograd through the exact distribution;
+    V = 3, L = 3, a reward without structure. `path` is enumerated over all paths; the others score
+    every sample, weighted by its exact probability, in 2,000 random views or 300 draws of z."""
     import torch
 
     import sepo
-    from diffusion import Absorbing, Path
+    from diffusion import Absorbing, MaskPath
+    from estimators import noised_view, terminal_view
     from exact import (Table, every_path, exact_p, gradient, network, posterior_table, probability,
-                       random_law, sequences)
+                       random_law, rank, sequences)
     V = L = 3
     process, x = Absorbing(V), sequences(V, L)
-    print("| model | path | noised | terminal | neighbours, exact p(y) | neighbours, M = 2 |")
+    given = torch.zeros(x.shape, dtype=torch.bool)
+    samples = MaskPath(x, torch.ones(x.shape), None, V)
+    print("| model | path | noised | terminal | published, exact p(y) | published, M = 2 |")
     print("| --- | --- | --- | --- | --- | --- |")
     models = {"random table": Table(V, L), "small network": network(V, L)}
     for seed in range(3):
@@ -220,29 +201,24 @@ def cosines():
         reward = torch.randn(V ** L, generator=torch.Generator().manual_seed(1))
         law = process.exact_law(model, L)
         truth = gradient((law * reward).sum(), model)
-        A = reward - (law.detach() * reward).sum()
+        A = reward - (law.detach() * reward).sum().float()
         path, other = every_path(process, model, L)
-        index = (path.tokens * torch.tensor([9, 3, 1])).sum(dim=1)
-        weight = probability(path, other) * A[index] * len(index)
-        view = path.view(*path.visits)
-        gradients = [-gradient(sepo.sepo_loss(process, model, path, weight, view=view)[0], model)]
-        samples = Path(x, torch.ones(x.shape), torch.zeros(x.shape), V)
-        weight = law.detach() * A * len(x)
-        for states in ("noised", "terminal"):
-            torch.manual_seed(0)
-            total = 0
-            for _ in range(2000):
-                loss, _ = sepo.sepo_loss(process, model, samples, weight, states)
-                total = total - gradient(loss, model)
-            gradients.append(total)
+        weight = probability(path, other) * A[rank(path.tokens, V)] * len(path.tokens)
+        loss, _ = sepo.sepo_loss(process, model, sepo.draw_view(process, model, path, 0), weight)
+        gradients = [-gradient(loss, model)]
+        weight = (law.detach() * A * len(x)).float()
+        torch.manual_seed(0)
+        for view_of in (noised_view, terminal_view):
+            gradients.append(sum(-gradient(sepo.sepo_loss(
+                process, model, view_of(process, model, x, given), weight)[0], model)
+                for _ in range(2000)))
         for p_of, draws in ((exact_p(process), 1), (sepo.importance_sampled, 300)):
             total = 0
             for seed in range(draws):
                 torch.manual_seed(seed)
-                with torch.no_grad():
-                    old = sepo.neighbours(process, model, samples, p_of)
+                old = sepo.draw_neighbours(process, model, samples, p_of)
                 torch.manual_seed(seed)                 # at theta_old: the same p(y) in both places
-                loss, _ = sepo.neighbours_loss(process, model, samples, weight, old, 1e9, p_of)
+                loss, _ = sepo.published_loss(process, model, old, weight, 1e9, p_of)
                 total = total - gradient(loss, model)
             gradients.append(total)
         shown = [f"{torch.cosine_similarity(g, truth, dim=0).item():.3f}" for g in gradients]
@@ -273,7 +249,7 @@ def main():
     print(table(runs, key, [mark for mark in (5000, 10000, 20000) if mark <= last]))
     if flags == DNA:
         print("\n" + report_table(out, names, seeds))
-    panels = [("queries", key), ("total_passes", key)]
+    panels = [("queries", key)]
     if args.what == "beta":                             # over-optimization
         panels = [("kl", "reward"), ("kl", key)]
     figure(runs, panels, args.picture or ROOT / "assets" / f"{args.what}.png")

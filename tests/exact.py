@@ -1,11 +1,16 @@
-"""Ground truth on small spaces: models as tables, laws by enumeration, every path of a sampler."""
+"""Ground truth on small spaces: models as tables, distributions by enumeration, every path.
+
+Read first `Table` (a model that can be anything), then `every_path` (all that a sampler can do), then
+`gradient`: a test of a method compares its gradient over every path with autograd through the
+exact distribution.
+"""
 import itertools
 import math
 
 import torch
 import torch.nn.functional as F
 
-from diffusion import Absorbing, GridPath, Path
+from diffusion import Absorbing, GridPath, MaskPath
 from model import Config, Denoiser
 
 
@@ -30,7 +35,7 @@ def rank(tokens, V):
 
 
 class Table(torch.nn.Module):
-    """A lookup table of logits, one row per state: any law of the sampler fits in."""
+    """A lookup table of logits, one row per state: any distribution of the sampler fits in."""
 
     def __init__(self, V, L, logits=None, seed=0):
         super().__init__()
@@ -45,16 +50,17 @@ class Table(torch.nn.Module):
 
 
 def posterior_table(p0, V, L):
-    """The Table of p(x0_i = v | the revealed slots) under the law p0: the consistent model."""
+    """The Table of p(x0_i = v | the revealed slots) under the distribution p0 [V**L]: a consistent
+    model, one whose conditionals are those of one distribution."""
     x, states = sequences(V, L), sequences(V + 1, L)
     fits = ((states[:, None] == V) | (states[:, None] == x)).all(dim=-1).double()   # [S, V^L]
     joint = torch.einsum("sx,x,xiv->siv", fits, p0.double(), F.one_hot(x, V).double())
-    p = (joint / joint.sum(-1, keepdim=True)).nan_to_num(1 / V)     # of impossible states: any law
+    p = (joint / joint.sum(-1, keepdim=True)).nan_to_num(1 / V)     # of impossible states: any
     return Table(V, L, p.clamp(min=1e-30).log().float())
 
 
 class Posterior(torch.nn.Module):
-    """p(x0_i = v | x_t) under the law softmax(logits) and uniform noise, alpha = 1 - t."""
+    """p(x0_i = v | x_t) under the distribution softmax(logits) and uniform noise at level t."""
 
     def __init__(self, p0, V, L):
         super().__init__()
@@ -96,7 +102,7 @@ def gradient(value, model):
 
 
 def law_given(process, model, L, steps, prompt):
-    """The exact law of `sample` with a prompt [L]: that of its free slots, among all V**L."""
+    """The exact distribution of `sample` with a prompt [L]: that of its free slots, among V**L."""
     if prompt is None:
         return process.exact_law(model, L, steps)
     free, every = prompt == process.vocab_size, sequences(process.vocab_size, L)
@@ -107,14 +113,14 @@ def law_given(process, model, L, steps, prompt):
         return model(whole, t)[:, free]
     law = process.exact_law(of_free_slots, int(free.sum()), steps)
     fits = (free | (every == prompt)).all(dim=1)
-    return torch.zeros(len(every)).masked_scatter(fits, law)
+    return torch.zeros(len(every), dtype=law.dtype).masked_scatter(fits, law)
 
 
 def exact_p(process):
-    """For sepo.neighbours: p(y) from the exact law, in place of the authors' estimate."""
+    """For sepo.neighbours: p(y) from the exact distribution, in place of the authors' estimate."""
     def p_of(model, y, slots):
         V, L = process.vocab_size, y.size(1)
-        return process.exact_law(model, L)[rank(y, V)]
+        return process.exact_law(model, L)[rank(y, V)].float()
     return p_of
 
 
@@ -126,63 +132,70 @@ def kl(p, q):
 def plain_loop(process, model, x, steps, time=None):
     """Ancestral sampling as it is usually written: N passes, a softmax at every slot -> [B, L].
 
-    A masked slot is revealed in the step from t to s with chance (alpha_s - alpha_t)/(1 - alpha_t),
-    or, with reveal times given, at its own time."""
+    A masked slot is revealed in the step from t to s with chance (t - s)/t, or, with reveal times
+    given, at its own time."""
     for k in range(steps, 0, -1):
-        t, s = torch.full((len(x),), k / steps), torch.full((len(x),), (k - 1) / steps)
+        t = torch.full((len(x),), k / steps)
         p = model(x, t).softmax(dim=-1)                                             # [B, L, V]
         y = torch.multinomial(p.flatten(0, 1), 1).view_as(x)
-        chance = ((process.alpha(s) - process.alpha(t)) / (1 - process.alpha(t)))[:, None]
-        now = torch.rand(x.shape) < chance
+        now = torch.rand(x.shape) < 1 / k
         if time is not None:
             now = (time * steps).round() == k
             y = p.argmax(dim=-1)
         x = torch.where((x == process.mask) & now, y, x)
     return x
 
+# -----------------------------------------------------------------------------
+# every path of a sampler
+
 
 def every_path(process, model, L, steps=None, prompt=None):
-    """Every path of the sampler -> (path, the logarithm of what else than tokens was drawn [B]).
+    """Every path of the sampler -> (path with the model's logp, log of the rest [B]).
 
-    The probability of a path is exp(that + sum of path.logp). absorb: all tokens, and all orders of
-    the reveals, or all reveal times of the grid; uniform: all sequences of states."""
+    The probability of a path is exp(the rest + sum of path.logp); the rest is what else was drawn:
+    the order of the reveals or their times, or the noise that a path starts from."""
     V = process.vocab_size
     prompt = torch.full((L,), V) if prompt is None else prompt
-    free = [i for i in range(L) if prompt[i] == V]
-    if isinstance(process, Absorbing):
-        if steps:
-            alpha = process.alpha(torch.arange(steps + 1) / steps)
-            chance = alpha[:-1] - alpha[1:]             # of a reveal at time (k + 1) / N
-            times = [[(k + 1) / steps for k in ks]
-                     for ks in itertools.product(range(steps), repeat=len(free))]
-            other = [sum(chance[round(t * steps) - 1].log().item() for t in row) for row in times]
-        else:
-            times = [[(k + 1) / (L + 1) for k in ks]
-                     for ks in itertools.permutations(range(len(free)))]
-            other = [-math.log(len(times))] * len(times)
-        tokens = [[v for v in values] for values in itertools.product(range(V), repeat=len(free))]
-        pairs = list(itertools.product(range(len(times)), range(len(tokens))))
-        x = prompt.repeat(len(pairs), 1)
-        time = torch.full((len(pairs), L), math.inf)
-        x[:, free] = torch.tensor([tokens[b] for _, b in pairs])
-        time[:, free] = torch.tensor([times[a] for a, _ in pairs])
-        path = Path(x, time, torch.zeros_like(time), V)
-        other = torch.tensor([other[a] for a, _ in pairs])
-    else:
-        given = (prompt < V)
-        states = sequences(V, L)
-        states = states[(states == prompt)[:, given].all(dim=1)]
-        index = torch.tensor(list(itertools.product(range(len(states)), repeat=steps + 1)))
-        B = len(index)
-        time = torch.arange(steps, -1, -1) / steps
-        path = GridPath(states[index].transpose(0, 1), time,
-                        torch.zeros(B, steps, L), given.expand(B, L))
-        other = torch.full((B,), -math.log(len(states)))
+    every = every_mask_path if isinstance(process, Absorbing) else every_grid_path
+    path, rest = every(V, prompt, steps)
     with torch.no_grad():
         path.logp = process.replay(model, path)
-    return path, other
+    return path, rest
 
 
-def probability(path, other, logp=None):
+def reveals(n, steps):
+    """All reveal times of n slots, and the log-probability of each -> [m, n], [m]."""
+    if steps:                                           # each of the N times is equally likely
+        k = torch.tensor(list(itertools.product(range(1, steps + 1), repeat=n)))
+        return k / steps, torch.full((len(k),), -n * math.log(steps))
+    order = torch.tensor(list(itertools.permutations(range(n))))
+    return (order + 1) / (n + 1), torch.full((len(order),), -math.log(len(order)))
+
+
+def every_mask_path(V, prompt, steps):
+    """All tokens in the free slots, for all reveal times."""
+    free = prompt == V
+    n = int(free.sum())
+    times, rest = reveals(n, steps)
+    tokens = sequences(V, n)
+    x = prompt.repeat(len(times) * len(tokens), 1)
+    time = torch.full(x.shape, math.inf)
+    x[:, free] = tokens.repeat(len(times), 1)
+    time[:, free] = times.repeat_interleave(len(tokens), dim=0)
+    return MaskPath(x, time, None, V), rest.repeat_interleave(len(tokens))
+
+
+def every_grid_path(V, prompt, steps):
+    """All sequences of states; the start is uniform over those that fit the prompt."""
+    given, states = prompt < V, sequences(V, len(prompt))
+    states = states[(states == prompt)[:, given].all(dim=1)]
+    index = torch.tensor(list(itertools.product(range(len(states)), repeat=steps + 1)))
+    time = torch.arange(steps, -1, -1) / steps
+    path = GridPath(states[index].transpose(0, 1), time, None, given.expand(len(index), -1))
+    return path, torch.full((len(index),), -math.log(len(states)))
+
+
+def probability(path, rest, logp=None):
     """Of every path -> [B]; logp: shaped as path.logp, of another model, differentiable."""
-    return (other + (path.logp if logp is None else logp).flatten(1).sum(dim=1)).exp()
+    return (rest + (path.logp if logp is None else logp).flatten(1).sum(dim=1)).exp()
+

@@ -12,25 +12,26 @@ HERE = File(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 import sepo  # noqa: E402
 import train  # noqa: E402
-from diffusion import Absorbing, Path  # noqa: E402
+from diffusion import Absorbing, MaskPath  # noqa: E402
 from exact import network  # noqa: E402
 
 
 
 def main(file):
-    args = Namespace(device="cpu", dtype="auto", prompts=4, pretrain_batch=4, grad_clip=1.0)
+    args = Namespace(device="cpu", dtype="auto", grad_clip=1.0)
     train.setup(args)
     model, process, G = network(4, 6), Absorbing(4), 8
     path = process.sample(model, 4 * G, 6, generator=torch.Generator().manual_seed(0))
     parts = (path.tokens, path.time, path.logp)
-    path = Path(*(part.chunk(train.WORLD_SIZE)[train.RANK] for part in parts), path.mask)
+    path = MaskPath(*(part.chunk(train.WORLD_SIZE)[train.RANK] for part in parts), path.mask)
     rewards = (path.tokens == 2).float().mean(dim=1).view(-1, G)
     everyone = train.gather(rewards)
     assert everyone.shape == (4, G)
     A = sepo.advantages(everyone, "loo").chunk(train.WORLD_SIZE)[train.RANK].flatten()
     optimizer = train.adamw(model, 0.0)
     for _ in range(5):
-        sepo.loop_loss(process, model, path, A)[0].backward()
+        view = sepo.draw_view(process, model, path, events=0)
+        sepo.loop_loss(process, model, view, A)[0].backward()
         train.step(args, model, optimizer, 1e-3)
     mean = train.average(dict(reward=rewards.mean()))["reward"]
     if train.MASTER:

@@ -1,15 +1,18 @@
-"""Both chains against enumeration. Seeds are fixed; a law is rejected at p < 1e-3."""
+"""Both chains against enumeration. Seeds are fixed; a distribution is rejected at p < 1e-3.
+
+Read first test_the_exact_law_is_the_sum_over_every_path: it ties the sampler's replay to exact_law,
+on which everything in test_sepo.py stands."""
 import itertools
 import math
 
 import pytest
 import torch
 
-import diffusion
 import sepo
-from diffusion import SCHEDULES, Absorbing, Path, Uniform, pick, stratified
+from diffusion import Absorbing, MaskPath, Uniform, pick, stratified
 from exact import (Posterior, Table, chi_square, every_path, kl, law_given, network, plain_loop,
                    posterior_table, probability, random_law, rank, sequences)
+from model import Denoiser
 
 P_MIN = 1e-3
 CHAINS = [Absorbing, Uniform]
@@ -47,7 +50,7 @@ def test_the_exact_law_is_the_sum_over_every_path(chain, steps, prompt):
     path, other = every_path(process, model, L, steps, prompt)
     p = probability(path, other)
     law = torch.zeros(V ** L).index_add(0, rank(path.tokens, V), p)
-    assert torch.allclose(law, law_given(process, model, L, steps, prompt), atol=1e-6)
+    assert torch.allclose(law.double(), law_given(process, model, L, steps, prompt), atol=1e-6)
 
 
 def test_a_grid_changes_the_law_and_chi_square_sees_it():
@@ -62,8 +65,28 @@ def test_time_conditioned_masks_follow_the_exact_law_on_a_grid():
     torch.manual_seed(4)
     law = process.exact_law(model, 3, 4)
     assert chi_square(process.sample(model, 10_000, 3, 4).tokens, law, 3) > P_MIN
+
+
+def test_the_exact_law_without_a_grid_gives_the_model_the_mean_time_of_each_state():
+    """m of L slots are masked just before event L - m, at time m / (L + 1) on average."""
+    seen = {}
+
+    def model(x, t):
+        seen.update(zip((x == 2).sum(dim=1).tolist(), t.tolist()))
+        return torch.zeros(*x.shape, 2)
+    Absorbing(2).exact_law(model, 3)
+    assert seen == pytest.approx({m: m / 4 for m in range(4)})
     with pytest.raises(ValueError, match="needs a time"):
-        process.exact_law(model, 3)
+        network(3, 3, time_conditioning=True)(torch.zeros(1, 3, dtype=torch.long))
+
+
+def test_the_exact_law_reaches_below_the_smallest_float32():
+    """Letter 1 has probability e^-300 in each of two slots; on a grid e^-150."""
+    def model(x, t):
+        return torch.stack((torch.zeros(x.shape), torch.full(x.shape, -150.0)), dim=-1)
+    law = Absorbing(2).exact_law(model, 2)
+    assert law.dtype == torch.double and law[3].log().item() == pytest.approx(-300)
+    assert Absorbing(2).exact_law(model, 2, 4)[1].log().item() == pytest.approx(-150)
 
 
 def test_the_plain_loop_follows_the_exact_law():
@@ -76,11 +99,11 @@ def test_the_plain_loop_follows_the_exact_law():
 def test_a_consistent_model_has_its_own_law():
     p0, process = random_law(3, 3), Absorbing(3)
     model = posterior_table(p0, 3, 3)
-    assert torch.allclose(process.exact_law(model, 3), p0, atol=1e-6)
+    assert torch.allclose(process.exact_law(model, 3), p0.double(), atol=1e-6)
     slots = torch.rand(3, 3, generator=torch.Generator().manual_seed(0)).softmax(1)
     product = torch.einsum("a,b,c->abc", *slots).flatten()      # independent: no grid error
     law = process.exact_law(posterior_table(product, 3, 3), 3, steps=2)
-    assert torch.allclose(law, product, atol=1e-6)
+    assert torch.allclose(law, product.double(), atol=1e-6)
 
 
 def test_the_uniform_posterior_gives_back_the_data_as_the_grid_gets_finer():
@@ -108,25 +131,8 @@ def test_the_uniform_law_is_the_product_of_transition_matrices():
                 matrix[b, c] *= sum(p[b, i, a] * q(Y, a, 1 - s) * q(X, Y, (1 - t) / (1 - s))
                                     / q(X, a, 1 - t) for a in range(V))
             law = law @ matrix
-        assert torch.allclose(process.exact_law(model, L, N), law, atol=1e-6)
+        assert torch.allclose(process.exact_law(model, L, N), law.double(), atol=1e-6)
 
-
-@pytest.mark.parametrize("name", SCHEDULES)
-def test_a_schedule_runs_from_one_to_zero_is_inverted_and_matters_on_a_grid_only(name):
-    alpha, inverse = SCHEDULES[name]
-    a = alpha(torch.linspace(0, 1, 101))
-    assert a[0] == pytest.approx(1, abs=1e-6) and a[-1] == pytest.approx(0, abs=1e-6)
-    assert (a.diff() < 0).all()
-    u = torch.linspace(0.001, 0.999, 101)
-    assert torch.allclose(alpha(inverse(u)), u, atol=1e-5)
-
-    model, process, linear = network(3, 4), Absorbing(3, name), Absorbing(3)
-    torch.manual_seed(0)
-    free = linear.exact_law(model, 4)
-    assert chi_square(process.sample(model, 10_000, 4).tokens, free, 3) > P_MIN
-    on_grid = process.exact_law(model, 4, 3)
-    assert chi_square(process.sample(model, 10_000, 4, 3).tokens, on_grid, 3) > P_MIN
-    assert name == "linear" or kl(on_grid, linear.exact_law(model, 4, 3)) > 1e-4
 
 # -----------------------------------------------------------------------------
 # the event loop and its paths
@@ -166,6 +172,23 @@ def test_passes_are_those_of_the_rows_that_are_not_done():
     assert sum(calls) == path.n_events.sum() == len(path.visits[0])
 
 
+def test_reveal_times_are_uniform_up_to_their_start_and_never_tie():
+    """20 million pairs of float32 numbers would tie some hundred times. On a grid of ten steps from
+    0.3 on, the three steps are equally likely."""
+    torch.manual_seed(3)
+    process, n = Absorbing(2), 10_000
+    time = process.reveal_times(torch.zeros(200, 450, dtype=torch.bool), start=0.8)
+    assert time.dtype == torch.double
+    assert (time.sort(dim=1).values.diff(dim=1) > 0).all() and time.max() <= 0.8
+    assert abs(time.mean().item() - 0.4) < 4 * 0.8 / 12 ** 0.5 / 90_000 ** 0.5
+    given = torch.zeros(n, 2, dtype=torch.bool)
+    given[:, 1] = True
+    time = process.reveal_times(given, steps=10, start=0.3)
+    counts = (time[:, 0] * 10).round().long().bincount()
+    assert time[:, 1].isinf().all() and len(counts) == 4 and counts[0] == 0
+    assert ((counts[1:] - n / 3).abs() < 4 * (n * 2 / 9) ** 0.5).all()
+
+
 @pytest.mark.parametrize("chain, steps", [(Absorbing, None), (Absorbing, 4), (Uniform, 5)])
 def test_a_path_rebuilds_every_state_and_its_log_probabilities(chain, steps):
     V, L, B = 5, 9, 16
@@ -187,22 +210,53 @@ def test_a_path_rebuilds_every_state_and_its_log_probabilities(chain, steps):
         assert sorted(path.state(j)[rows].tolist()) == sorted(x.tolist())   # the loop sorts rows
         view = path.view(rows.nonzero().squeeze(1), torch.full((int(rows.sum()),), j))
         assert sorted(view.t.tolist()) == pytest.approx(sorted(t.tolist()))
-        logp = pick(process.log_law(model, view), view.y)
-        drawn = view.weight > 0
-        assert torch.allclose(logp[drawn], view.logp_old[drawn], atol=1e-4)
+        logp = pick(process.log_probs(model, view), view.y)
+        assert torch.allclose(logp[view.scored], view.logp_old[view.scored], atol=1e-4)
     for chunk in (None, 10):
         assert torch.allclose(process.replay(model, path, chunk), path.logp, atol=1e-4)
 
 
-def test_path_view_draws_every_event_equally_often_and_weighs_it_by_their_number():
+def test_a_view_draws_every_event_equally_often_and_weighs_it_by_their_number():
+    """300 paths of 3 events: one uniform per path and cell, so the counts are exact."""
     process, model = Absorbing(2), Table(2, 3)
     path = process.sample(model, 300, 3)
-    path.time[:] = torch.tensor([0.2, 0.9, 0.5])
-    path = diffusion.Path(path.tokens, path.time, path.logp, 2)
+    time = torch.tensor([0.2, 0.9, 0.5]).double().expand(300, 3)
+    path = MaskPath(path.tokens, time, path.logp, 2)
     for events in (1, 3):
-        view = process.path_view(path, events)
+        view = sepo.draw_view(process, model, path, events)
         assert view.slots.flatten().bincount().tolist() == [100 * events] * 3
-        assert (view.weight == 3 / events).all()
+        assert torch.allclose(view.weight, torch.tensor(3 / events / 300))
+    several = sepo.draw_view(process, model, path, 3)
+    per_path = several.event[several.row.argsort(stable=True)].view(300, 3)
+    assert (per_path.sort(dim=1).values == torch.arange(3)).all()       # each event once
+
+
+@pytest.mark.parametrize("chain, steps", [(Absorbing, None), (Absorbing, 4), (Uniform, 4)])
+def test_the_forward_process_read_backwards_ends_in_its_tokens(chain, steps):
+    """Its states have the distribution of `corrupt` at their times, and replay scores them."""
+    V, n, process = 3, 8000, chain(3)
+    tokens, given = torch.tensor([0, 2, 1]).repeat(n, 1), torch.zeros(n, 3, dtype=torch.bool)
+    given[:, 1] = True
+    torch.manual_seed(4)
+    path = process.path_to(tokens, given, steps)
+    assert (path.tokens == tokens).all() and (path.given == given).all() and path.logp is None
+    assert (process.path_to(tokens, None, steps).given == torch.zeros(n, 3, dtype=torch.bool)).all()
+    states = [path.state(j) for j in range(int(path.n_events.max()) + 1)]
+    assert all((x[:, 1] == 2).all() for x in states)
+    if chain is Absorbing and steps is None:                    # one of two slots is left
+        assert abs((states[1] == 3).double().mean().item() * 3 - 1) < 1e-9
+        first = (states[1][:, 0] == 3).double().mean().item()
+        assert abs(first - 0.5) < 4 * 0.5 / n ** 0.5
+    if chain is Uniform:
+        for j, t in enumerate(path.time.tolist()):
+            kept = (states[j][:, 0] == 0).double().mean().item()
+            chance = (1 - t) + t / V
+            assert abs(kept - chance) <= 4 * (chance * (1 - chance) / n) ** 0.5 + 1e-9
+    if chain is Absorbing and steps:
+        masked = (path.time[:, [0, 2]] > 0.5).double().mean().item()    # still masked at t = 1/2
+        assert abs(masked - 0.5) < 4 * 0.5 / (2 * n) ** 0.5
+    logp = process.replay(network(V, 3, time_conditioning=True), path)
+    assert logp.isfinite().all() and (logp < 0).any()
 
 
 def test_a_path_with_nothing_to_draw():
@@ -210,18 +264,18 @@ def test_a_path_with_nothing_to_draw():
     path = process.sample(model, 5, 4, prompt=torch.tensor([0, 1, 2, 0]))
     assert (path.tokens == torch.tensor([0, 1, 2, 0])).all() and (path.n_events == 0).all()
     assert (process.replay(model, path) == 0).all()
-    view = process.path_view(path)
-    assert sepo.sepo_loss(process, model, path, torch.ones(5), view=view)[0] == 0
-    assert sepo.loop_loss(process, model, path, torch.ones(5), view=view)[0] == 0
+    for events in (0, 1):
+        view = sepo.draw_view(process, model, path, events)
+        assert sepo.sepo_loss(process, model, view, torch.ones(5)) == (0, 0)
+        assert sepo.loop_loss(process, model, view, torch.ones(5)) == (0, 0)
 
 
 def test_a_fine_grid_near_time_zero_stays_finite():
-    """alpha(1/N) rounds to 1 there."""
-    model = network(3, 3, time_conditioning=True)
-    for process, x in ((Absorbing(3, "cosine"), [[0, 3, 1]]), (Uniform(3, "cosine"), [[0, 2, 1]])):
-        t, s = torch.full((1,), 1e-8), torch.zeros(1)
-        kernel = process.kernel(model, torch.tensor(x), t, s)
-        assert torch.allclose(kernel.sum(-1), torch.ones(1, 3), atol=1e-4)
+    """The chance to keep a letter rounds to 1 there."""
+    model, process = network(3, 3, time_conditioning=True), Uniform(3)
+    t, s = torch.full((1,), 1e-9), torch.zeros(1)
+    kernel = process.kernel(model, torch.tensor([[0, 2, 1]]), t, s)
+    assert torch.allclose(kernel.sum(-1).float(), torch.ones(1, 3), atol=1e-4)
 
 
 def test_a_users_network_may_have_layers_named_hidden_and_head():
@@ -249,8 +303,7 @@ def test_forbidden_tokens_and_padding_give_no_nan():
     path = process.sample(model, 50, 4, steps=2)
     assert (path.tokens < 2).all()
     assert process.replay(model, path).isfinite().all()
-    loss, _ = sepo.sepo_loss(process, model, path, torch.ones(50), entropy=0.1, beta=0.1,
-                             view=process.path_view(path), reference=model)
+    loss, _ = sepo.sepo_loss(process, model, sepo.draw_view(process, model, path), torch.ones(50))
     assert loss.isfinite()
 
 
@@ -258,17 +311,16 @@ def test_bfloat16_keeps_the_log_probabilities():
     model, process = network(27, 64, n_layer=2, n_embd=128), Absorbing(27)
     torch.manual_seed(16)
     path = process.sample(model, 8, 64)
-    model.autocast = torch.bfloat16
-    half = process.replay(model, path)
+    rough = Denoiser(model.config, torch.bfloat16).eval()
+    rough.load_state_dict(model.state_dict())
+    half = process.replay(rough, path)
     assert half.dtype == torch.float32 and 0 < (half - path.logp).abs().max() < 0.2
-    path = process.sample(model, 8, 64)
-    assert (process.replay(model, path, chunk=100) - path.logp).abs().max() < 1e-2
 
 
 def test_events_by_hand():
     inf = math.inf
     time = torch.tensor([[0.5, 1.0, 0.5, 0.25], [inf, 0.1, 0.2, inf], [inf] * 4])
-    event = Path(time, time, time, 0).event
+    event = MaskPath(time, time, time, 0).event
     assert event.tolist() == [[1, 0, 1, 2], [-1, 1, 0, -1], [-1] * 4]
 
 
@@ -278,11 +330,11 @@ def test_stratified_puts_one_uniform_in_each_cell():
     assert (u.mul(50).long().sort().values == torch.arange(50)).all() and u.max() < 1
 
 # -----------------------------------------------------------------------------
-# forward process, score, loss, bound
+# forward process, score, loss
 
 
 @pytest.mark.parametrize("chain", CHAINS)
-def test_corrupt_keeps_a_letter_at_the_rate_of_the_schedule(chain):
+def test_corrupt_keeps_a_letter_with_probability_one_minus_t(chain):
     torch.manual_seed(5)
     n, t = 10_000, torch.tensor([0.0, 0.4, 1.0])
     x = chain(4).corrupt(torch.zeros(3, n, dtype=torch.long), t)
@@ -401,16 +453,14 @@ def test_uniform_levels_lie_above_the_cut_and_do_not_pile_up_on_it():
     assert 0.4 < (t < 0.0100 ** 3 * 8).sum() / 10_000 / 0.0101 < 1.6       # w in [0.01, 0.02]: 1%
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
-def test_the_mean_uniform_loss_of_the_true_posterior_is_the_entropy(name):
-    """Whatever the schedule calls the noise level; the part below the cut is negligible."""
+def test_the_mean_uniform_loss_of_the_true_posterior_is_the_entropy():
+    """The part below the cut is negligible."""
     V, L, n = 3, 2, 30_000
-    p0, process = random_law(V, L), Uniform(V, name)
-    truth = Posterior(p0, V, L)
+    p0, process = random_law(V, L), Uniform(V)
     torch.manual_seed(1)
     x0 = sequences(V, L)[torch.multinomial(p0, n, replacement=True)]
     with torch.no_grad():
-        losses = process.losses(lambda x, t: truth(x, 1 - process.alpha(t)), x0, x0 < 0)
+        losses = process.losses(Posterior(p0, V, L), x0, x0 < 0)
     entropy = -(p0 * p0.log()).sum().item()
     assert abs(losses.mean().item() - entropy) < 4 * losses.std().item() / n ** 0.5
 
@@ -432,12 +482,19 @@ def test_given_slots_are_neither_noised_nor_scored_on_the_uniform_chain():
     assert (seen[0][given] == x0[given]).all() and (seen[0] != x0).any()
 
 
+@torch.no_grad()
+def bound_of(process, model, x0, draws=1000):
+    """The loss of each sequence averaged over draws -> mean [B], standard error [B], nats."""
+    losses = torch.stack([process.losses(model, x0, x0 < 0) for _ in range(draws)])
+    return losses.mean(dim=0), losses.std(dim=0) / draws ** 0.5
+
+
 @pytest.mark.parametrize("chain, steps", [(Absorbing, None), (Uniform, 64)])
-def test_the_bound_lies_above_minus_log_of_the_exact_law(chain, steps):
+def test_the_loss_bounds_minus_log_of_the_exact_law(chain, steps):
     V, L = 3, 2
     model, process = model_for(chain, V, L, scale=0.7), chain(V)
     torch.manual_seed(8)
-    bound, error = process.bound(model, sequences(V, L), draws=1000)
+    bound, error = bound_of(process, model, sequences(V, L))
     gap = bound + process.exact_law(model, L, steps).detach().log()
     assert (gap > -4 * error).all() and gap.mean() > 0.005 and (error < 0.2 * bound).all()
 
@@ -456,7 +513,7 @@ def test_training_brings_the_bound_to_the_entropy(chain):
         process.loss(model, x0).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-    bound, error = process.bound(model.eval(), sequences(V, L), draws=1000)
+    bound, error = bound_of(process, model.eval(), sequences(V, L))
     bound, error = (p0 * bound).sum(), (p0 * error).square().sum().sqrt()
     entropy = -(p0 * p0.log()).sum()
     assert entropy - 4 * error < bound < 1.05 * entropy + 4 * error
@@ -472,7 +529,7 @@ def move_matrix(process, model, states, t):
     time = torch.full((S,), t)
     matrix = torch.zeros(S, S)
     for i in range(L):
-        law = process.jump_law(model, states, time, torch.full((S, 1), i)).detach()
+        law = process.jump_probs(model, states, time, torch.full((S, 1), i)).detach()
         for v in range(W):
             y = states.clone()
             y[:, i] = v
@@ -481,11 +538,13 @@ def move_matrix(process, model, states, t):
 
 
 @pytest.mark.parametrize("chain", CHAINS)
-@pytest.mark.parametrize("t", [0.3, 0.7])
+@pytest.mark.parametrize("t", [0.3, 0.5, 0.7])
 def test_the_corrector_keeps_the_law_of_its_level_and_brings_others_closer(chain, t):
     model, process, states, p_t = at_level(chain, t)
     matrix = move_matrix(process, model, states, t)
     assert (matrix > -1e-6).all() and torch.allclose(p_t @ matrix, p_t, atol=1e-5)
+    eigenvalues = torch.linalg.eigvals(matrix.double()).abs().sort(descending=True).values
+    assert eigenvalues[1] < 0.99                        # it forgets where it started: not periodic
     p, distance = torch.zeros_like(p_t), []
     p[0] = 1
     for _ in range(20):
@@ -512,11 +571,18 @@ def test_sampling_with_a_corrector_has_the_law_of_a_consistent_model(chain, step
     model = posterior_table(p0, 2, 3) if chain is Absorbing else Posterior(p0, 2, 3)
     process = chain(2)
     torch.manual_seed(12)
-    path = process.corrected(model, process.sample(model, 3000, 3, steps), 5, 0.4, steps)
+    path = process.correct_path(model, process.sample(model, 3000, 3, steps), 0.4, 5, steps)
     assert chi_square(path.tokens, p0, 2) > P_MIN and (path.tokens < 2).all()
     assert torch.allclose(process.replay(model, path), path.logp, atol=1e-4)
     assert path.time.masked_fill(path.time.isinf(), 0).max() <= 0.41
     prompted = process.sample(model, 50, 3, steps, torch.tensor([1, 2, 2]))
-    again = process.corrected(model, prompted, 5, 0.4, steps)
+    again = process.correct_path(model, prompted, 0.4, 5, steps)
     assert (again.tokens[:, 0] == 1).all() and (again.tokens[:, 1:] != prompted.tokens[:, 1:]).any()
-    assert process.corrected(model, prompted, 1, 0.001, steps).tokens.shape == (50, 3)
+    assert process.correct_path(model, prompted, 0.001, 1, steps).tokens.shape == (50, 3)
+
+
+def test_the_corrector_starts_at_the_nearest_step_of_the_grid():
+    """0.29 of ten steps is the third, not the second."""
+    process, model = Uniform(2), network(2, 3, time_conditioning=True)
+    path = process.correct_path(model, process.sample(model, 4, 3, 10), 0.29, 1, 10)
+    assert path.time.tolist() == pytest.approx([0.3, 0.2, 0.1, 0.0])

@@ -1,4 +1,6 @@
-"""Tasks: data and rewards against what they state, held-out parts, files, faulty rewards."""
+"""Tasks: data and rewards against what they state, held-out parts, files, faulty rewards.
+
+Read first test_a_faulty_reward_is_told_which_sample, for what a black box may return."""
 import gzip
 import itertools
 import math
@@ -8,10 +10,10 @@ import pytest
 import torch
 
 import rewards
+from diffusion import Absorbing, Uniform
 from rewards import TASKS, TOY_STEP, BadInput, Task, activity, ask, open_task
 
-toy, dna = TASKS["toy"], TASKS["dna"]
-OTHER = str.maketrans("ACGT", "TGCA")
+toy, dna = TASKS["toy"](), TASKS["dna"]()
 
 
 def within(count, n, p, sigmas=4.5):
@@ -30,7 +32,8 @@ def test_toy_reward_by_hand(text, reward):
 
 def test_toy_is_enumerable_and_has_many_separate_peaks():
     """No change of one letter improves them, so a greedy search from a lower one stays there."""
-    assert toy.is_small() and toy.is_small(16) and not dna.is_small()
+    assert Absorbing(4).is_small(6) and Absorbing(4).is_small(6, 16) and Uniform(4).is_small(6)
+    assert not Absorbing(4).is_small(6, 100) and not Absorbing(4).is_small(8)
     x = torch.tensor(list(itertools.product(range(4), repeat=6)))
     is_peak = torch.ones(len(x), dtype=torch.bool)
     for i, v in itertools.product(range(6), range(4)):
@@ -59,25 +62,33 @@ def test_encode_and_decode_are_inverse_and_a_foreign_letter_is_named():
         toy.encode(["ACXGTA"])
 
 
-def fails(tokens):
-    raise RuntimeError("no oracle\ntoday")
-
-
 @pytest.mark.parametrize("reward, message", [
-    (fails, r"raised RuntimeError: no oracle today in test_rewards.py line \d+, asked for 3"),
     (lambda x: torch.zeros(len(x), 2), "sample 0, 'AC', is .0.0, 0.0.: a finite number"),
     (lambda x: [1.0, 2.0], "returned 2 values for 3 samples"),
     (lambda x: torch.tensor([0, math.nan, 0]), "sample 1, 'GT', is nan"),
     (lambda x: torch.tensor([0, 0, math.inf]), "sample 2, 'AA', is inf"),
     (lambda x: [0.1, None, 0.2], "sample 1, 'GT', is None: a finite number is needed"),
     (lambda x: [0.1, 0.2, "high"], "sample 2, 'AA', is 'high'"),
+    (lambda x: [0.1, 10 ** 400, 0.2], "sample 1, 'GT', is 1000"),
     (lambda x: None, "the reward returned None: it must return one number per sample"),
+    (lambda x: dict(AC=1, GT=2, AA=3), "the reward returned {'AC': 1, .*in the order of the sam"),
+    (lambda x: {1.0, 2.0, 3.0}, "the reward returned {1.0, 2.0, 3.0}: it must"),
+    (lambda x: b"abc", "the reward returned b'abc': it must"),
+    (lambda x: "123", "the reward returned '123': it must"),
+    (lambda x: torch.tensor(1.0), "the reward returned 1.0: it must return one number"),
     (lambda x: 1.0, "the reward returned 1.0: it must return one number")])
 def test_a_faulty_reward_is_told_which_sample(reward, message):
     task = Task("t", "ACGT", 2, None, reward)
     with pytest.raises(BadInput, match=message) as error:
         ask(task, task.encode(["AC", "GT", "AA"]))
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 200
+
+
+def test_what_a_reward_raises_is_passed_on():
+    def reward(tokens):
+        raise RuntimeError("no oracle today")
+    with pytest.raises(RuntimeError, match="no oracle today"):
+        ask(Task("t", "AC", 2, None, reward), torch.zeros(1, 2, dtype=torch.long))
 
 
 @pytest.mark.parametrize("reward", [
@@ -94,12 +105,19 @@ def test_a_reward_may_return_any_numbers(reward):
 @pytest.mark.parametrize("name", ["dna", "arithmetic"])
 def test_train_and_held_out_are_disjoint(name):
     """The whole sequences, or the prompts where there are some."""
-    task = TASKS[name]
+    task = TASKS[name]()
     train = task.data(5000, torch.Generator().manual_seed(0))
     held = task.held(500, torch.Generator().manual_seed(1))
     assert train.shape == (5000, task.length) and held.shape == (500, task.length)
     train, held = (set(task.decode(task.prompts(x) if task.given else x)) for x in (train, held))
     assert held and not train & held
+
+
+def test_a_short_task_has_nothing_to_hold_out():
+    for length in (1, 5):
+        short = TASKS["dna"](length)
+        assert short.held is None and short.held_out(30, 0).shape == (30, length)
+    assert len(TASKS["dna"](6).held(3, torch.Generator().manual_seed(0))) == 3
 
 
 def test_windows_lie_in_one_text_and_the_last_twentieth_is_held_out():
@@ -118,12 +136,22 @@ def test_windows_lie_in_one_text_and_the_last_twentieth_is_held_out():
     assert within(starts[2000].item(), 50_000, 1 / (n_windows - n_windows // 20))
 
 
+def test_held_out_windows_do_not_occur_in_the_training_part():
+    """The last twentieth starts at 951; it repeats 0 to 19, of which the windows at 0 to 15 are
+    whole, and then has new ones."""
+    x = torch.cat((torch.arange(960), torch.arange(20), torch.arange(2000, 2020)))
+    _, held = rewards.windows(x, 5)
+    starts = set(held(2000, torch.Generator().manual_seed(0))[:, 0].tolist())
+    assert starts == {*range(951, 960), *range(16, 20), *range(2000, 2016)}
+
+
 def test_text_holds_out_the_end_of_its_corpus():
-    task, whole = TASKS["text"], rewards.corpus()
+    task, whole = TASKS["text"](), rewards.corpus()
     cut = len(whole) - (len(whole) - task.length + 1) // 20     # where the last training window ends
     for draw, part in ((task.data, whole[:cut]), (task.held, whole[cut:])):
         strings = task.decode(draw(3000, torch.Generator().manual_seed(0)))
         assert all(string in part for string in strings)
+    assert not any(string in whole[:cut] for string in strings[:300])
 
 # -----------------------------------------------------------------------------
 # dna
@@ -199,14 +227,14 @@ def test_measures_of_dna():
 
 
 def test_a_sum_and_its_mirror_are_held_out_together():
-    task = TASKS["arithmetic"]
+    task = TASKS["arithmetic"]()
     train = {s[:6] for s in task.decode(task.data(20_000, torch.Generator().manual_seed(0)))}
     held = {s[:6] for s in task.decode(task.held(2000, torch.Generator().manual_seed(1)))}
     assert 300 < len(held) and not train & {f"{s[3:5]}+{s[:2]}=" for s in held}
 
 
 def test_half_of_the_sums_are_wrong_in_one_digit():
-    task, n = TASKS["arithmetic"], 10_000
+    task, n = TASKS["arithmetic"](), 10_000
     x = task.data(n, torch.Generator().manual_seed(0))
     right = 0
     for string in task.decode(x):
@@ -219,21 +247,20 @@ def test_half_of_the_sums_are_wrong_in_one_digit():
     assert task.decode(task.prompts(task.encode(["12+34=046"]))) == ["12+34=___"]
 
 
-def test_the_reward_of_a_text_counts_phrases():
-    """12 slots; a word counts with its gap, if it stands beside a word that it knows."""
-    task = rewards.make_text(12, "the cat sat on a mat " * 20)
-    for string, reward in (("the cat sat ", 1), ("on a mat the", 1), ("the the the ", 0),
-                           ("sat cat the ", 0), ("on a on a on", 5 / 12), ("cat         ", 0),
-                           ("the cat a on", 8 / 12)):
-        assert ask(task, task.encode([string])).item() == pytest.approx(reward), string
+@pytest.mark.parametrize("string, slots", [
+    ("house garden", 11), ("garden house", 11), ("house house ", 5), ("houses gard ", 0),
+    ("the cat sat ", 0), ("HOUSE ......", 5), ("            ", 0)])
+def test_the_reward_of_a_text_counts_distinct_known_words_of_four_letters(string, slots):
+    """12 slots; the text knows house, garden, the, cat and sat."""
+    known = rewards.words_of("The cat sat in the garden, House.")
+    assert rewards.share_of_words([string], known, 12) == [pytest.approx(slots / 12)]
 
 
-def test_a_text_cannot_be_gamed_and_quoting_it_earns_most():
-    task = TASKS["text"]
-    assert ask(task, task.held(300, torch.Generator().manual_seed(0))).mean() > 0.8
-    for string, most in (("derivedcoreproperties", 0), ("the " * 12, 0.2), ("and the " * 6, 0.3),
-                         ("the if not all has was can but for and you its ", 0.5)):
-        assert ask(task, task.encode([string.ljust(48)[:48]])).item() <= most
+def test_a_text_cannot_be_gamed_by_a_word_over_and_over():
+    task = TASKS["text"]()
+    assert ask(task, task.held_out(300, 0)).mean() > 0.4
+    for string, most in (("this " * 9, 4 / 48), ("and the " * 6, 0), ("x" * 48, 0)):
+        assert ask(task, task.encode([string.ljust(48)[:48]])).item() <= most + 1e-9
 
 
 # -----------------------------------------------------------------------------
@@ -304,18 +331,16 @@ def test_windows_of_a_genome_avoid_foreign_letters_and_say_so(tmp_path, capsys):
         open_task("dna", 206, file)
 
 
-def test_a_list_given_as_a_text_is_recognised_and_crop_makes_it_sequences(tmp_path):
+def test_crop_makes_sequences_of_a_list_for_text(tmp_path):
     file = write(tmp_path, "\n".join(["C1CCCCC1", "CCO-CC=O"] * 20))
-    with pytest.raises(BadInput, match="looks like a list of sequences, .* or --crop"):
-        open_task("text", 8, file)
     task = open_task("text", 8, file, crop=True)
     assert set(task.decode(task.data(50))) == {"C1CCCCC1", "CCO-CC=O"}
 
 
 def test_the_texts_own_reward_does_not_see_the_pad(tmp_path):
-    task = open_task("text", 12, write(tmp_path, "the cat sat\non a mat\n"), "-")
-    assert ask(task, task.encode(["on a mat----"])).item() == pytest.approx(1)
-    assert task.samples(task.encode(["on a mat----"])) == ["on a mat"]
+    task = open_task("text", 12, write(tmp_path, "the cats sat\nupon a mat\n"), "-")
+    assert ask(task, task.encode(["upon a mat--"])).item() == pytest.approx(4 / 12)
+    assert task.samples(task.encode(["upon a mat--"])) == ["upon a mat"]
 
 
 def test_a_reward_file_may_define_columns_of_the_report(tmp_path):
@@ -323,7 +348,7 @@ def test_a_reward_file_may_define_columns_of_the_report(tmp_path):
                                      "def measure(s): return {'G': sum(x.count('G') for x in s)}\n")
     task = open_task("toy", reward=f"{tmp_path / 'own.py'}:score")
     tokens = task.encode(["GGGCCC", "AAAAAG"])
-    assert task.measure(tokens) == {"G": 4} and TASKS["toy"].measure(tokens) == {}
+    assert task.measure(tokens) == {"G": 4} and TASKS["toy"]().measure(tokens) == {}
 
 
 def test_cropping_takes_windows_and_holds_out_the_last(tmp_path):
@@ -333,6 +358,12 @@ def test_cropping_takes_windows_and_holds_out_the_last(tmp_path):
     train, held = rows(task, 3000)
     assert all(s in long[:382] or s == "ACGTACGTAC" for s in train)
     assert held and all(s in long[381:] for s in held)
+
+
+def test_a_file_of_sums_holds_out_mirrors_together(tmp_path):
+    lines = [f"{a}+{b}={a + b:03}" for a in range(10, 50) for b in range(10, 50)]
+    train, held = rows(open_task("arithmetic", 0, write(tmp_path, "\n".join(lines))), 10 ** 6)
+    assert 20 < len(held) < 200 and not {f"{s[3:5]}+{s[:2]}{s[5:]}" for s in held} & set(train)
 
 
 def test_a_file_of_sums_is_held_out_by_prompt_and_may_be_padded(tmp_path):
@@ -347,8 +378,8 @@ def test_a_text_brings_its_own_alphabet_and_words(tmp_path):
     content = "Zwölf_Boxkämpfer jagen\nViktor quer über den Sylter Deich. " * 10
     task = open_task("text", 12, write(tmp_path, content))
     assert set(task.alphabet) == set(content) - {"\n"} and task.blank == "?"
-    assert ask(task, task.encode(["jagen Viktor"])).item() == 1 > ask(task, task.encode(["Viktor jagen"]))
-    assert all(len(s) == 12 for s in task.decode(task.data(100)) + task.decode(task.held(5)))
+    assert ask(task, task.encode(["jagen Viktor"])).item() == pytest.approx(11 / 12)
+    assert all(len(s) == 12 for s in task.decode(task.data(100))) and task.held is None
 
 
 def test_text_with_a_pad_is_one_sequence_per_line(tmp_path):
@@ -386,8 +417,9 @@ def test_missing_and_damaged_files_and_flags_that_need_one(tmp_path):
     for more in (dict(crop=True), dict(pad="-")):
         with pytest.raises(BadInput, match="--pad and --crop are for"):
             open_task("dna", **more)
-    with pytest.raises(BadInput, match="--length=7: --task=toy has 6 slots"):
-        open_task("toy", 7)
+    with pytest.raises(BadInput, match="--length=7: arithmetic has 9 slots"):
+        open_task("arithmetic", 7)
+    assert open_task("toy", 7).data(3).shape == (3, 7)
     with pytest.raises(BadInput, match="no sequence has 48 known letters"):
         open_task("text", 0, write(tmp_path, "short"))
 
@@ -398,7 +430,6 @@ def test_a_reward_from_a_file_may_import_its_neighbours(tmp_path):
                                      "    return [s.count(LETTER) / len(s) for s in samples]\n")
     task = open_task("toy", reward=f"{tmp_path / 'own.py'}:count")
     assert ask(task, task.encode(["GGGCCC", "AAAAAG"])).tolist() == pytest.approx([1 / 2, 1 / 6])
-    assert TASKS["toy"].reward is rewards.toy_reward
 
 
 @pytest.mark.parametrize("code, name, message", [
@@ -407,12 +438,18 @@ def test_a_reward_from_a_file_may_import_its_neighbours(tmp_path):
     ("", "other.py:score", "other.py:score: .* a file that exists"),
     ("x = 1", "own.py:score", "own.py has no function score"),
     ("score = 1", "own.py:score", "has no function score"),
-    ("\n1 / 0", "own.py:score", "ZeroDivisionError: division by zero in own.py line 2"),
-    ("import nowhere", "own.py:score", "ModuleNotFoundError: No module named 'nowhere'"),
-    ("def score(s) return 1", "own.py:score", "SyntaxError"),
-    ("import sys; sys.exit(1)", "own.py:score", "SystemExit")])
+    ("score = None", "own.py:score", "has no function score")])
 def test_reward_files_that_cannot_be_used_get_a_line(code, name, message, tmp_path):
     (tmp_path / "own.py").write_text(code)
     with pytest.raises(BadInput, match=message) as error:
         open_task("toy", reward=str(tmp_path / name))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("code, error", [
+    ("1 / 0", ZeroDivisionError), ("import nowhere", ModuleNotFoundError),
+    ("def score(s) return 1", SyntaxError)])
+def test_what_a_reward_file_raises_is_passed_on(code, error, tmp_path):
+    (tmp_path / "own.py").write_text(code)
+    with pytest.raises(error):
+        open_task("toy", reward=f"{tmp_path / 'own.py'}:score")
