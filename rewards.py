@@ -7,12 +7,16 @@ letters; token v is letter v of the alphabet.
 Reading order: what a task is; asking a reward; held-out data; the tasks toy, dna, arithmetic and
 text; the user's own files.
 """
+import csv
 import gzip
 import importlib.util
+import json
+import math
 import random
 import re
 import sys
 import zlib
+from collections import defaultdict
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -82,6 +86,19 @@ class Task:
         """Tokens [B, L] -> B strings without pads, as a reward or a reader wants them."""
         return [string.replace(self.pad, "") for string in self.decode(tokens)]
 
+    def strings(self, tokens):
+        """Tokens [B, L] -> B strings without the pads at their end; `read` is the inverse."""
+        return [string.rstrip(self.pad) if self.pad else string for string in self.decode(tokens)]
+
+    def read(self, strings):
+        """Whole strings, without pads at their end -> tokens [B, L]; raises BadInput."""
+        filled = [string.ljust(self.length, self.pad) if self.pad else string for string in strings]
+        for string, whole in zip(strings, filled):
+            if len(whole) != self.length:
+                raise BadInput(f"{string!r} has {len(string)} letters, the task {self.length}")
+            self.check(string, repr(string), self.alphabet)
+        return self.encode(filled)
+
     def encode(self, strings):
         """Strings of one length -> tokens [B, L]; `blank` is the mask. Raises BadInput."""
         letters = self.alphabet + self.blank
@@ -121,6 +138,117 @@ def ask(task, tokens):
             raise BadInput(f"the reward of sample {i}, {sample!r}, is {value!r:.80}: "
                            "a finite number is needed")
     return torch.tensor(values, dtype=torch.double, device=tokens.device)
+
+
+class Paid:
+    """The file rewards.jsonl of a run: a line for every sample of every rollout, written as soon as
+    the black box has answered. A sample that is in the file is not asked again.
+
+    {"iter": 3, "sample": "TCTCTC", "reward": 0.75, "kl": 1.31, "log_ref": -9.2}, with the prompt
+    where there is one; kl is log p(path)/p_ref(path) when the sample was drawn, nats. Samples that
+    belong to no rollout have a "stage" (check, optimum, evaluation, report); those of other
+    processes than the first have their "rank", and a process knows only its own."""
+
+    def __init__(self, file, rank=0):
+        self.file, self.rank = file, rank
+        self.reward_of = {}                             # sample -> reward
+        self.seen, self.best = set(), -math.inf         # samples of rollouts; the largest reward
+        self.old = defaultdict(list)    # (iter, stage) -> lines written before the run was resumed
+        for line in whole_lines(file.read_text() if file.exists() else ""):
+            if line.get("rank", 0) == rank:
+                self.reward_of[line["sample"]] = line["reward"]
+                self.old[line.get("iter"), line.get("stage")].append(line)
+
+    def ask(self, task, tokens, iter=None, stage=None, **columns):
+        """The reward of tokens [B, L] -> float64 [B]. columns: tensors [B] to be noted beside it."""
+        strings = task.strings(tokens)
+        new = {s: i for i, s in enumerate(strings) if s not in self.reward_of}
+        if new:
+            answers = ask(task, tokens[list(new.values())]).tolist()
+            self.reward_of |= zip(new, answers)
+        rewards = [self.reward_of[string] for string in strings]
+        old = [line["sample"] for line in self.old.pop((iter, stage), [])]
+        if old != strings:              # else the run was killed after it had written these lines
+            where = dict(iter=iter, stage=stage, rank=self.rank or None)
+            where = {name: value for name, value in where.items() if value is not None}
+            columns = {name: column.tolist() for name, column in columns.items()}
+            columns |= dict(sample=strings, reward=rewards)
+            if task.given:
+                columns["prompt"] = task.strings(task.prompts(tokens))
+            rows = (dict(zip(columns, row)) for row in zip(*columns.values()))
+            text = "".join("\n" + json.dumps(where | row) for row in rows)
+            with open(self.file, "ab", buffering=0) as file:    # in one piece: other processes
+                file.write(text.encode())                       # write here, too
+        if stage is None:
+            self.count(strings, rewards)
+        return torch.tensor(rewards, dtype=torch.double, device=tokens.device)
+
+    def count(self, strings, rewards):
+        """len(seen) is the number of rewards that rollouts had to ask."""
+        self.seen.update(strings)
+        self.best = max(self.best, *rewards)
+
+    def recall(self, task, iter, group, size):
+        """The rollout of an iteration before the run was resumed, `group` samples per prompt."""
+        lines = self.old.pop((iter, None))[-size:]
+        rollout = rollout_of(task, lines, group)
+        self.count([line["sample"] for line in lines], rollout.reward.flatten().tolist())
+        return rollout
+
+
+def whole_lines(text):
+    """The objects of a rewards.jsonl, without empty lines and those that a kill has torn."""
+    for line in text.splitlines():
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            pass
+
+
+@dataclass
+class Rollout:
+    """Samples whose rewards are known: P prompts with G samples each."""
+    tokens: torch.Tensor                # [P * G, L]
+    given: torch.Tensor                 # [P * G, L] the slots of the prompt
+    reward: torch.Tensor                # [P, G]     float64
+    log_ref: torch.Tensor               # [P, G]     log p_ref(path) of the path drawn, nats
+
+
+def rollout_of(task, lines, group):
+    """Lines of a rewards.jsonl -> Rollout, `group` samples for each prompt."""
+    tokens = task.read([line["sample"] for line in lines])
+    reward = torch.tensor([float(line["reward"]) for line in lines], dtype=torch.double)
+    log_ref = torch.tensor([line.get("log_ref", 0.0) for line in lines])
+    given = task.given(tokens) if task.given else torch.zeros_like(tokens, dtype=torch.bool)
+    return Rollout(tokens, given, reward.view(-1, group), log_ref.view(-1, group))
+
+
+def read_known(task, file):
+    """--known=FILE: a rewards.jsonl, or CSV or TSV with columns `sample` and `reward` -> Rollouts
+    of one prompt each. Raises BadInput with file and row for what does not fit."""
+    try:
+        text = Path(file).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"--known={file} cannot be read: {error}") from None
+    if text.startswith("{"):
+        lines = list(whole_lines(text))
+    else:
+        delimiter = "\t" if "\t" in text.partition("\n")[0] else ","
+        lines = list(csv.DictReader(text.splitlines(), delimiter=delimiter))
+    if not lines:
+        raise BadInput(f"--known={file} has no row")
+    groups = defaultdict(list)
+    for i, line in enumerate(lines, 1):
+        try:
+            x = task.read([line["sample"]])
+            value = float(line["reward"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise BadInput(f"--known={file}, row {i}: {error}") from None
+        if not math.isfinite(value):
+            raise BadInput(f"--known={file}, row {i}: the reward is {value}")
+        prompt = task.decode(task.prompts(x))[0] if task.given else ""
+        groups[prompt].append(dict(sample=line["sample"], reward=value))
+    return [rollout_of(task, group, len(group)) for group in groups.values()]
 
 # -----------------------------------------------------------------------------
 # held-out data
@@ -180,13 +308,18 @@ def toy_reward(tokens):
     return copies / 4 + (tokens == 0).sum(dim=1) / 16
 
 
+def markov_chain(step, n, length, generator=None):
+    """n sequences of a chain with transition probabilities step [V, V], from a uniform start."""
+    x = torch.randint(len(step), (n, 1), generator=generator)
+    for _ in range(length - 1):
+        x = torch.cat((x, torch.multinomial(step[x[:, -1]], 1, generator=generator)), dim=1)
+    return x
+
+
 def toy(length=6):
     """Short sequences of a Markov chain. What it teaches: the optimum can be known, and reached."""
     def draw(n, generator=None):
-        x = torch.randint(4, (n, 1), generator=generator)
-        for _ in range(length - 1):
-            x = torch.cat((x, torch.multinomial(TOY_STEP[x[:, -1]], 1, generator=generator)), dim=1)
-        return x
+        return markov_chain(TOY_STEP, n, length, generator)
     return Task("toy", "ACGT", length, draw, toy_reward)
 
 # -----------------------------------------------------------------------------
@@ -400,7 +533,46 @@ def text(length=48):
     return task
 
 
-TASKS = {"toy": toy, "dna": dna, "arithmetic": arithmetic, "text": text}
+# -----------------------------------------------------------------------------
+# ehrlich: a hard search with a known optimum (Ehrlich functions; Stanton et al., 2407.00236)
+
+def ehrlich(length=32, letters="ACDEFGHIKLMNPQRSTVWY", motifs=4, size=4, banned=3):
+    """Sequences in which some letters never follow others; the reward of all that are feasible is
+    the product over motifs of the largest share of the motif's letters that stand at its distances
+    somewhere; the best is 1. What it teaches: the pre-trained model knows what is feasible, and
+    the black box what is good."""
+    if length < motifs * size:
+        raise BadInput(f"--length={length}: the motifs of ehrlich need {motifs * size} slots")
+    V, generator = len(letters), torch.Generator().manual_seed(0)
+    order = torch.rand(V, V, generator=generator).fill_diagonal_(2).argsort(dim=1)
+    is_banned = torch.zeros(V, V, dtype=torch.bool).scatter(1, order[:, :banned], True)
+    step = (2 * torch.randn(V, V, generator=generator)).masked_fill(is_banned, -math.inf)
+    step = step.softmax(dim=1)
+    # one chain of all motifs, so that all of them fit into one feasible sequence
+    wanted = markov_chain(step, 1, motifs * size, generator).view(motifs, size)
+    share = torch.rand(motifs, size - 1, generator=generator)
+    gaps = (length // motifs - size) * share / share.sum(dim=1, keepdim=True)
+    places = F.pad((1 + gaps.long()).cumsum(dim=1), (1, 0))                 # [motifs, size]
+
+    def is_feasible(tokens):
+        return ~is_banned.to(tokens.device)[tokens[:, :-1], tokens[:, 1:]].any(dim=1)
+
+    def reward(tokens):
+        total = is_feasible(tokens).double()
+        for motif, place in zip(wanted.tolist(), places.tolist()):
+            n = length - place[-1]                              # where the motif may start
+            hits = sum((tokens[:, i:i + n] == v).int() for v, i in zip(motif, place))    # [B, n]
+            total *= hits.amax(dim=1) / size
+        return total
+
+    def measure(tokens):
+        return {"feasible": is_feasible(tokens).double().mean().item()}
+
+    data, held = split(lambda n, generator=None: markov_chain(step, n, length, generator))
+    return Task("ehrlich", letters, length, data, reward, held=held, measure=measure)
+
+
+TASKS = {"toy": toy, "dna": dna, "arithmetic": arithmetic, "text": text, "ehrlich": ehrlich}
 
 # -----------------------------------------------------------------------------
 # the user's own data and reward

@@ -2,6 +2,7 @@
 
     python sample.py --run=out/toy                          # ten samples with their rewards
     python sample.py --run=out/toy --compare                # pre-trained beside fine-tuned
+    python sample.py --run=out/toy --best=20                # the best that the run ever asked
     python sample.py --run=out/toy --prompt=TC____          # some letters given
     python sample.py --run=out/toy --movie=denoise.gif      # the reverse process, slot by slot
     python sample.py --run=out/toy --n=1000 --format=fasta > samples.fasta
@@ -19,7 +20,7 @@ import torch
 
 from diffusion import CHAINS, device_of
 from model import Config, Denoiser
-from rewards import BadInput, Task, ask, open_task
+from rewards import BadInput, Task, ask, open_task, whole_lines
 
 FORMATS = {                             # of sample i and its reward, which may be nan
     "text": lambda i, sample, reward: f"{reward:8.4f}  {sample}",
@@ -53,6 +54,8 @@ def get_parser():
     add("--run", default="out/toy", help="folder of a run of train.py")
     add("--which", choices=["finetuned", "pretrained"], default="finetuned", help="which model")
     add("--compare", action="store_true", help="both models, side by side")
+    add("--best", type=number(int, 0), default=0,
+        help="in place of new samples: so many of the best that the run ever asked")
     add("--n", type=number(int, 1), default=10, help="number of samples")
     add("--steps", type=number(int, -1), default=-1,
         help="steps of the time grid (0: the process's default; -1: the run's)")
@@ -80,14 +83,17 @@ def main(argv=None):
 
 
 def run(args):
-    names = ["pretrained", "finetuned"] if args.compare else [args.which]
-    drawn = {name: draw(args, Path(args.run) / f"{name}.pt") for name in names}
+    if args.best:
+        drawn = {"best": best_asked(Path(args.run) / "rewards.jsonl", args.best)}
+    else:
+        names = ["pretrained", "finetuned"] if args.compare else [args.which]
+        drawn = {name: draw(args, Path(args.run) / f"{name}.pt") for name in names}
     if args.plot:
         histograms(drawn, args.plot)
     columns = []
     for name, (samples, rewards) in drawn.items():
         cells = [f"  reward  {name}"] if args.compare else []
-        cells += map(FORMATS[args.format], range(args.n), samples, rewards)
+        cells += map(FORMATS[args.format], range(len(samples)), samples, rewards)
         width = max(map(len, cells)) + 2
         columns.append([cell.ljust(width) for cell in cells])
     for row in zip(*columns):
@@ -116,6 +122,15 @@ def draw(args, file):
     if args.movie and file.stem == args.which:
         movie(task, path, args.movie)
     return task.samples(path.tokens), rewards
+
+
+def best_asked(file, n):
+    """The n best distinct samples of a rewards.jsonl -> strings, rewards. Those that were asked to
+    know the exact optimum were not found by the run."""
+    lines = [line for line in whole_lines(file.read_text()) if line.get("stage") != "optimum"]
+    reward_of = {line["sample"]: line["reward"] for line in lines}
+    ranked = sorted(reward_of, key=reward_of.get, reverse=True)[:n]
+    return ranked, [reward_of[sample] for sample in ranked]
 
 
 def read_prompts(task, text, prompts, n):
@@ -167,7 +182,7 @@ def load_task(run, length):
 # -----------------------------------------------------------------------------
 # what a run has learnt; train.py calls these
 
-def evaluate(args, task, process, exact, model, tokens):
+def evaluate(args, task, process, exact, model, tokens, paid, iter):
     """Metrics beside the reward: exact ones where the space is small; else what the task measures
     on the latest rollout, and the reward on held-out prompts."""
     if exact:
@@ -176,22 +191,24 @@ def evaluate(args, task, process, exact, model, tokens):
     if task.given:
         prompts = task.prompts(task.held_out(256, args.seed)).to(tokens.device)
         path = process.sample(model, len(prompts), task.length, args.steps, prompts)
-        metrics["held_out_reward"] = ask(task, path.tokens).mean().item()
+        reward = paid.ask(task, path.tokens, iter, "evaluation")
+        metrics["held_out_reward"] = reward.mean().item()
     return metrics
 
 
-def report(args, task, process, exact, reference, model):
+def report(args, task, process, exact, reference, model, paid):
     """Print each model's reward, KL to the pre-trained one and samples; save report.json."""
     held_out = task.held_out(args.report_samples, args.seed).to(device_of(model))
     prompts = task.prompts(held_out)
     n = len(held_out)
     few, k = max(1, n // 4), 16
-    print(f"report: asks for {3 * n + few * (k + 1):,} more rewards (--report_samples=0: none)")
+    most = 3 * n + few * (k + 1)
+    print(f"report: asks for up to {most:,} more rewards (--report_samples=0: none)")
 
     rows = {}
 
     def add(name, tokens, kl):
-        reward = ask(task, tokens).mean().item()
+        reward = paid.ask(task, tokens, stage="report").mean().item()
         row = dict(reward=reward, kl=kl) | diversity(tokens, task.vocab_size) | task.measure(tokens)
         if exact and name == "fine-tuned":
             row.update(exact(model))
@@ -206,7 +223,7 @@ def report(args, task, process, exact, reference, model):
     if prompts is not None:
         prompts = prompts[:few].repeat_interleave(k, dim=0)
     many = process.sample(reference, few * k, task.length, args.steps, prompts).tokens
-    best = ask(task, many).view(few, k).argmax(dim=1)
+    best = paid.ask(task, many, stage="report").view(few, k).argmax(dim=1)
     best = many.view(few, k, -1)[torch.arange(few), best]
     add("best of 16", best, math.log(k) - (k - 1) / k)  # its KL is at most this
 
@@ -234,7 +251,8 @@ def plot_curve(out):
     from matplotlib.figure import Figure                # slow to import, so only when needed
     lines = [json.loads(line) for line in open(out / "metrics.jsonl")]
     lines = [line for line in lines if line["phase"] == "finetune"]
-    panels = [["reward", "exact_reward", "best_reward", "pretrained_reward"], ["reward_std"],
+    panels = [["reward", "best", "exact_reward", "best_reward", "pretrained_reward"],
+              ["reward_std"],
               ["kl", "exact_kl"], ["clip_fraction", "grad_norm"]]
     usual = {"phase", "iter", "queries"}.union(*panels)
     own = sorted(set().union(*lines) - usual)           # the task's own columns

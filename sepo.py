@@ -194,6 +194,37 @@ def prdp_loss(process, model, path, rewards, kl, beta, clip=0.5, chunk=None):
     return torch.maximum(free, near).mean(), is_clipped.float().mean()
 
 # -----------------------------------------------------------------------------
+# weighted denoising cross-entropy
+
+def wdce_weights(rewards, kl, beta, min_ess):
+    """Weights [n] of samples with rewards [n], ~ exp(c (R / beta - kl)), that sum to 1.
+
+    kl [n]: log q(path)/p_ref(path) of the policy q that drew each of them. With c = 1 they are
+    self-normalized importance weights of p* ~ p_ref exp(R / beta). c is the largest number up to 1
+    that keeps the effective sample size 1 / sum(w^2) at min_ess or above: it flattens p*, and
+    the proposal q, alike."""
+    log_w = rewards / beta - kl
+    low, high, c = 0.0, 1.0, 1.0
+    for _ in range(40):                                 # bisection: the size falls as c grows
+        if 1 / (c * log_w).softmax(dim=0).square().sum() >= min_ess:
+            low = c
+        else:
+            high = c
+        c = (low + high) / 2
+    return (low * log_w).softmax(dim=0)
+
+
+def wdce_loss(process, model, tokens, given, weights):
+    """Weighted denoising cross-entropy (TR2-D2, 2509.25171; MDNS, 2508.10684)
+    -> (loss in nats, clip_fraction 0).
+
+    With the weights of p* its expectation is a bound on the cross-entropy -E_p*[log p_theta(x)], so
+    that it minimizes KL(p* || p_theta). Every update scores all masked slots of one noised state
+    per sample [n, L], and weights [n] are positive, so that the bound tightens."""
+    loss = (weights * process.losses(model, tokens, given)).sum()
+    return loss, torch.zeros_like(loss)
+
+# -----------------------------------------------------------------------------
 # SEPO as published: all sequences that differ from the sample in one slot
 
 @dataclass

@@ -16,6 +16,7 @@ import random
 import sys
 import time
 from copy import deepcopy
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -29,28 +30,29 @@ import sample
 import sepo
 from diffusion import CHAINS
 from model import Config, Denoiser
-from rewards import TASKS, BadInput, ask, open_task
+from rewards import (TASKS, BadInput, Paid, Rollout, ask, open_task, read_known)
 from sample import HelpFormatter, number
 
 RANK = int(os.environ.get("RANK", 0))               # set by torchrun; without it, one process
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 MASTER = RANK == 0                                  # the process that logs, saves and reports
 
-DEFAULTS = {                                        # that go with a choice of task, chain, method
-    "toy": dict(n_layer=2, n_embd=64),
+DEFAULTS = {                                        # that go with a task, process or method
+    "toy": dict(n_layer=2, n_embd=64, iters=64, replay=15, path_events=0, eval_every=4),
     "dna": dict(n_layer=1, n_embd=48, conv=25, pretrain_iters=1500, pretrain_lr=4e-3, steps=20,
-                group=64, updates=8, iters=100, lr=3e-4, eval_every=5),
+                iters=60, lr=3e-4, eval_every=5),
     "arithmetic": dict(n_layer=3, pretrain_iters=3000, pretrain_batch=256, pretrain_lr=1e-3,
-                       data_size=200_000, prompts=16, group=16, updates=8, iters=120, lr=3e-4),
+                       data_size=200_000, prompts=16, group=16, iters=30, replay=15, path_events=0,
+                       lr=3e-4, eval_every=2),
     "text": dict(n_layer=2, n_embd=96, conv=7, dropout=0.1, pretrain_iters=2500, pretrain_lr=3e-3,
-                 data_size=100_000, clip=0.2, updates=8, path_events=2, iters=80, lr=2e-4,
-                 beta=0.01, eval_every=5),
+                 data_size=100_000, group=64, iters=80, lr=2e-4, beta=0.01, eval_every=5),
     "uniform": dict(pretrain_iters=2000, pretrain_lr=1e-3, iters=300),
-    "cap": dict(updates=4),
-    "loop": dict(advantage="loo", updates=8, path_events=0),
-    "prdp": dict(updates=8),
-    "reinforce": dict(advantage="running", updates=1, path_events=0),
-    "published": dict(updates=4),
+    "loop": dict(advantage="loo", path_events=0),
+    "reinforce": dict(advantage="running", path_events=0, replay=0, clip=math.inf),
+    "wdce": dict(updates=16, replay=0),
+    "ehrlich": dict(n_layer=2, n_embd=96, pretrain_iters=2000, group=64, iters=100, beta=0.002,
+                    algo="wdce", explore=0.5, eval_every=5),
+    "published": dict(updates=4, replay=0),
 }
 
 # -----------------------------------------------------------------------------
@@ -89,14 +91,20 @@ def run(args):
     compiled(args, model).to(device)
 
     data = task.data(args.data_size, torch.Generator().manual_seed(args.seed)).to(device)   # [n, L]
+    if task.given and (args.explore or args.algo == "wdce"):
+        raise BadInput("--explore and --algo=wdce are for tasks without prompts")
     if MASTER:
         n_rewards = args.iters * args.prompts * args.group
         print(f"{task.name}: {len(data):,} sequences of {task.length} letters {task.alphabet!r}; "
               f"asks for {n_rewards:,} rewards, besides evaluations; {device}; "
               f"results in {args.out}",
               file=sys.stderr)
-    ask(task, data[:2])                                 # an error here costs less than later
+    two = data[:2].unique(dim=0)
+    checked = [] if args.resume else ask(task, two).tolist()        # an error costs less than later
     open_out_dir(args)
+    paid = Paid(args.out / "rewards.jsonl", RANK)
+    paid.reward_of |= zip(task.strings(two), checked)
+    paid.ask(task, two, stage="check")
     if not source:
         pretrain(args, task, process, model, data)
     save_model(args, task, model, "pretrained.pt")
@@ -106,14 +114,19 @@ def run(args):
     reference = compiled(args, deepcopy(model).requires_grad_(False))
     exact = None                                        # ground truth, where the space is small
     if MASTER and task.given is None and process.is_small(task.length, args.steps):
-        reward = partial(ask, task)
+        reward = partial(paid.ask, task, stage="optimum")
         exact = sepo.ground_truth(process, reference, reward, task.length, args.beta, args.steps)
-    finetune(args, task, process, model, reference, data, exact)
+    try:
+        finetune(args, task, process, model, reference, data, exact, paid)
+    except KeyboardInterrupt:                           # what was learnt can be looked at
+        save_model(args, task, model, "finetuned.pt")
+        raise
+    save_model(args, task, model, "finetuned.pt")
     if MASTER:
         seed_everything(args, 2, 0)
         sample.plot_curve(args.out)
         if args.report_samples:
-            sample.report(args, task, process, exact, reference, model)
+            sample.report(args, task, process, exact, reference, model, paid)
         print(f"results are in {args.out}; next: python sample.py --run={args.out} --compare")
 
 
@@ -147,7 +160,7 @@ def pretrain(args, task, process, model, data):
         for part in x0.split(args.micro_batch or batch):
             loss = loss_of(part) * len(part) / batch
             loss.backward()
-        norm = step(args, model, optimizer, lr)
+        norm = step(model, optimizer, lr)
 
         if (i + 1) % 50 == 0 or i + 1 == args.pretrain_iters:
             model.eval()
@@ -155,88 +168,178 @@ def pretrain(args, task, process, model, data):
                 losses = dict(loss=loss_of(x0), held_out_loss=loss_of(held_out), grad_norm=norm)
             model.train()
             log(args, bar, phase="pretrain", iter=i + 1, **average(losses))
-        end_iteration(args, "pretrain", i, args.pretrain_iters, state)
+        end_iteration(args, task, "pretrain", i, args.pretrain_iters, state)
 
 
-def finetune(args, task, process, model, reference, data, exact):
-    """Roll out, ask for rewards, compute advantages, take a few optimizer steps; repeat."""
+def finetune(args, task, process, model, reference, data, exact, paid):
+    """Roll out, ask for rewards, learn from the new samples and from remembered ones; repeat."""
     optimizer, baseline = adamw(model, weight_decay=0.0), sepo.Baseline()
     P, G = args.prompts // WORLD_SIZE, args.group
     state = dict(model=model, optimizer=optimizer, baseline=baseline)
     first = restore(args, "finetune", state)
+    loss_of = dict(loop=sepo.loop_loss, reinforce=sepo.loop_loss, published=sepo.published_loss,
+                   sepo=partial(sepo.sepo_loss, clip_mode=args.clip_mode)).get(args.algo)
+    buffer = remembered(args, task, process, reference, paid, first)
     bar = progress("finetune", first, args.iters)
-    try:
-        for i in bar:
-            seed_everything(args, 1, i)
+    for i in bar:
+        seed_everything(args, 1, i)
 
-            # 1. roll out the current policy: G samples for each of P prompts
-            prompt = None
-            if task.given:
-                prompt = task.prompts(data[torch.randint(len(data), (P,), device=data.device)])
-                prompt = prompt.repeat_interleave(G, dim=0)                         # [P * G, L]
-            path = process.sample(model, P * G, task.length, args.steps, prompt)
-            if args.corrector_steps:
-                path = process.correct_path(model, path, args.corrector_t, args.corrector_steps,
-                                            args.steps)
+        # 1. roll out the current policy: G samples for each of P prompts
+        path, given = roll_out(args, task, process, model, data, buffer)
+        kl = process.path_kl(reference, path, args.micro_batch)             # [P * G] nats
+        log_ref = path.logp.flatten(1).sum(dim=1) - kl
 
-            # 2. ask the black box
-            reward = ask(task, path.tokens).view(P, G)
-            if MASTER and i == 0 and (reward == reward.median()).double().mean() > 0.9:
-                print("warning: more than 90% of the first rollout's rewards are equal: a finer "
-                      "reward or a larger --group would teach more", file=sys.stderr)
+        # 2. ask the black box, and remember what it said
+        reward = paid.ask(task, path.tokens, iter=i + 1, kl=kl, log_ref=log_ref).view(P, G)
+        kl = new_kl = kl.view(P, G)
+        buffer.append(Rollout(path.tokens, given, reward, log_ref.view(P, G)))
+        if MASTER and i == 0:
+            advise(args, reward)
+
+        clipped, norms = [], []
+        for k in range(1 + args.replay):
+            if k > 0:                                   # a remembered rollout, along new paths
+                old = random.choice(buffer)
+                path, reward = new_path(args, process, model, old.tokens, old.given), old.reward
+                kl = process.path_kl(reference, path, args.micro_batch).view_as(reward)
 
             # 3. what is each sample worth? its reward, minus beta times the KL that its path cost
-            kl = process.path_kl(reference, path, args.micro_batch).view(P, G)      # nats
-            rewards, returns = gather(reward), gather(reward - args.beta * kl)
-            scale = sepo.reward_scale(rewards, args.advantage, args.beta)
-            advantage = sepo.advantages(returns, args.advantage, baseline, scale)
-            advantage = advantage.chunk(WORLD_SIZE)[RANK].flatten()                 # [P * G]
-            baseline.update(returns)
+            returns = reward - args.beta * kl
+            variance = sepo.reward_scale(reward, args.advantage, args.beta).square()
+            scale = average_(variance).sqrt()           # pooled over the processes
+            A = sepo.advantages(returns, args.advantage, baseline, scale).flatten()     # [P * G]
 
             # 4. take a few optimizer steps along these paths
-            clipped, norms = [], []
-            for parts in draw_updates(args, process, model, path):
+            for parts in draw_updates(args, process, model, path, buffer):
                 for part in parts:
-                    if args.algo == "sepo":
-                        loss, clip_fraction = sepo.sepo_loss(
-                            process, model, part, advantage, args.clip, args.clip_mode)
-                    elif args.algo == "prdp":
+                    if args.algo == "prdp":
                         loss, clip_fraction = sepo.prdp_loss(
                             process, model, part, reward, kl, args.beta, args.clip,
                             args.micro_batch)
-                    elif args.algo == "published":
-                        loss, clip_fraction = sepo.published_loss(
-                            process, model, part, advantage, args.clip)
-                    else:                               # reinforce is loop without a clip
-                        loss, clip_fraction = sepo.loop_loss(
-                            process, model, part, advantage, args.clip)
+                    elif args.algo == "wdce":
+                        loss, clip_fraction = sepo.wdce_loss(process, model, *part)
+                    else:
+                        loss, clip_fraction = loss_of(process, model, part, A, args.clip)
                     loss.backward()
                     clipped.append(clip_fraction)
-                norms.append(step(args, model, optimizer, args.lr * decay(i, args.iters)))
+                norms.append(step(model, optimizer, args.lr * decay(i, args.iters)))
 
-            # 5. log, draw, save
-            metrics = average(dict(kl=kl.mean(), clip_fraction=sum(clipped) / args.updates,
-                                   grad_norm=torch.stack(norms).mean()))
-            metrics |= dict(reward=rewards.mean().item(), queries=(i + 1) * args.prompts * G,
-                            reward_std=rewards.std(correction=0).item())
-            if MASTER and ((i + 1) % args.eval_every == 0 or i + 1 == args.iters):
-                metrics |= sample.evaluate(args, task, process, exact, model, path.tokens)
-            log(args, bar, phase="finetune", iter=i + 1, **metrics)
-            if MASTER and (i + 1) % 25 == 0:
-                sample.plot_curve(args.out)
-            end_iteration(args, "finetune", i, args.iters, state)
-    finally:                                            # an error loses nothing that was learnt
-        if all(p.isfinite().all() for p in model.parameters()):
-            save_model(args, task, model, "finetuned.pt")
+        # 5. log, draw, save
+        reward, kl = buffer[-1].reward, new_kl
+        mean = average_(reward.mean())
+        baseline.update(average_((reward - args.beta * kl).mean()))
+        metrics = average(dict(reward=mean, reward_std=(reward - mean).square().mean(),
+                               kl=kl.mean(), clip_fraction=sum(clipped) / len(norms),
+                               grad_norm=torch.stack(norms).mean(),
+                               queries=mean.new_tensor(WORLD_SIZE * len(paid.seen))))
+        metrics["reward_std"] **= 0.5                   # of all processes: a variance until here
+        metrics["best"] = largest(mean.new_tensor(paid.best))
+        if MASTER and ((i + 1) % args.eval_every == 0 or i + 1 == args.iters):
+            metrics |= sample.evaluate(args, task, process, exact, model, path.tokens, paid, i + 1)
+        log(args, bar, phase="finetune", iter=i + 1, **metrics)
+        if MASTER and (i + 1) % 25 == 0:
+            sample.plot_curve(args.out)
+        end_iteration(args, task, "finetune", i, args.iters, state)
 
 
-def draw_updates(args, process, model, path):
-    """What each update of a rollout scores -> a list of micro-batches per update, which are drawn
-    before the first one, while the model is still the policy that drew the path."""
+def advise(args, reward):
+    """Tell the user after the first rollout what cannot work."""
+    spread = reward.std(correction=0).item()
+    if (reward == reward.median()).double().mean() > 0.9:
+        print("warning: more than 90% of the first rollout's rewards are equal: a finer reward or "
+              "a larger --group would teach more", file=sys.stderr)
+    elif args.beta > spread or args.beta < spread / 100:
+        print(f"warning: the rewards of the first rollout spread by {spread:.3g}, and one nat of "
+              f"KL costs --beta={args.beta:g}: try {spread / 10:.2g} to {spread / 2:.2g}",
+              file=sys.stderr)
+
+
+def remembered(args, task, process, reference, paid, n):
+    """The rollouts of --known, and those of the first n iterations as rewards.jsonl has them."""
+    seed_everything(args, 3, 0)
+    known = read_known(task, args.known)[RANK::WORLD_SIZE] if args.known else []
+    for rollout in known:
+        path = process.path_to(rollout.tokens, rollout.given, args.steps)
+        log_ref = process.replay(reference, path, args.micro_batch).flatten(1).sum(dim=1)
+        rollout.log_ref.copy_(log_ref.view_as(rollout.reward))
+    size = args.prompts // WORLD_SIZE * args.group
+    own = [paid.recall(task, i, args.group, size) for i in range(1, n + 1)]
+    return known + own
+
+
+def roll_out(args, task, process, model, data, buffer):
+    """G samples of the current policy for each of P prompts -> path, given [P * G, L].
+
+    With --explore a share of them are remembered samples, drawn anew in part."""
+    P, n = args.prompts // WORLD_SIZE, args.prompts // WORLD_SIZE * args.group
+    prompt = torch.full((n, task.length), process.mask, device=data.device)
+    if task.given:
+        prompt = task.prompts(data[torch.randint(len(data), (P,), device=data.device)])
+        prompt = prompt.repeat_interleave(args.group, dim=0)
+    given = prompt != process.mask                                                  # [P * G, L]
+    n_old = int(args.explore * n) if buffer else 0
+    if n_old:
+        prompt[:n_old] = recombine(*kept(args, buffer), n_old, process.mask)
+    path = process.sample(model, n, task.length, args.steps, prompt)
+    if args.corrector_steps:
+        path = process.correct_path(model, path, args.corrector_t, args.corrector_steps,
+                                    args.steps)
+    if n_old:                                           # the policy did not draw them alone
+        path = new_path(args, process, model, path.tokens, given)
+    return path, given
+
+
+def recombine(tokens, weights, n, mask, shift=1):
+    """n prompts made of remembered samples [m, L], which are chosen by their weights: one parent
+    gives a segment, moved by up to `shift` slots, to another; then slots are masked, each with a
+    chance that is drawn per row between 0.05 and 0.5, so that the policy fits the parts."""
+    L, device = tokens.size(1), tokens.device
+    parents = tokens[torch.multinomial(weights, 2 * n, replacement=True)].view(2, n, L)
+    place = torch.arange(L, device=device)
+    moved = (place + torch.randint(-shift, shift + 1, (n, 1), device=device)) % L
+    cut = torch.randint(L + 1, (2, n, 1), device=device)
+    is_inside = (place >= cut.amin(dim=0)) & (place < cut.amax(dim=0))
+    child = torch.where(is_inside, parents[1].gather(1, moved), parents[0])
+    chance = 0.05 + 0.45 * torch.rand(n, 1, device=device)
+    return child.masked_fill(torch.rand(n, L, device=device) < chance, mask)
+
+
+@torch.no_grad()
+def new_path(args, process, model, tokens, given):
+    """A path of the forward process from tokens [B, L], as the current policy scores it."""
+    path = process.path_to(tokens, given, args.steps)
+    return replace(path, logp=process.replay(model, path, args.micro_batch))
+
+
+def kept(args, buffer):
+    """The distinct samples of the last --keep rollouts -> tokens [n, L], weights [n].
+
+    Each counts once, however often it was drawn, so that weights ~ p_ref exp(R / beta) are those of
+    p* among what was seen; --min_ess flattens them (sepo.wdce_weights)."""
+    rollouts = buffer[-args.keep:]
+    tokens = torch.cat([rollout.tokens for rollout in rollouts])
+    reward = torch.cat([rollout.reward.flatten() for rollout in rollouts])
+    log_ref = torch.cat([rollout.log_ref.flatten() for rollout in rollouts])
+    distinct, index = tokens.unique(dim=0, return_inverse=True)
+    row = torch.arange(len(tokens), device=tokens.device)
+    last = torch.zeros_like(distinct[:, 0]).scatter_reduce(0, index, row, "amax")
+    weights = sepo.wdce_weights(reward[last], -log_ref[last], args.beta, args.min_ess)
+    return tokens[last], weights
+
+
+def draw_updates(args, process, model, path, buffer):
+    """What each update scores -> a list of micro-batches per update, which are drawn before the
+    first one, while the model is still the policy that drew the path."""
     if args.algo == "prdp":
         return [[path]] * args.updates
     if args.algo == "published":
         return [[sepo.draw_neighbours(process, model, path)]] * args.updates
+    if args.algo == "wdce":                             # rows of the buffer, by their weights
+        tokens, weights = kept(args, buffer)
+        n = args.prompts * args.group // WORLD_SIZE
+        rows = torch.multinomial(weights, args.updates * n, replacement=True).split(n)
+        even, none_given = torch.full_like(weights[rows[0]], 1 / n), tokens[rows[0]] < 0
+        return [[(tokens[row], none_given, even)] for row in rows]
     n_views = args.updates if args.path_events else 1       # all events: the same ones every time
     views = [sepo.draw_view(process, model, path, args.path_events) for _ in range(n_views)]
     return [view.split(args.micro_batch) for view in views] * (args.updates // n_views)
@@ -253,12 +356,12 @@ def decay(i, total):
     return max(0.05, 1 - i / total)
 
 
-def step(args, model, optimizer, lr):
+def step(model, optimizer, lr):
     """Average the gradients over the processes, clip them, step -> their norm before the clip."""
     optimizer.param_groups[0]["lr"] = lr
     for p in model.parameters():
         average_(p.grad)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm
@@ -297,15 +400,6 @@ def seed_everything(args, phase, i):
     random.seed(seed)
 
 
-def gather(rows):
-    """[P, G] of each process -> [P * WORLD_SIZE, G]."""
-    if WORLD_SIZE == 1:
-        return rows
-    parts = [torch.empty_like(rows) for _ in range(WORLD_SIZE)]
-    dist.all_gather(parts, rows.contiguous())
-    return torch.cat(parts)
-
-
 def average_(tensor):
     """In place: the mean over the processes; None stays None."""
     if WORLD_SIZE > 1 and tensor is not None:
@@ -314,9 +408,15 @@ def average_(tensor):
     return tensor
 
 
+def largest(scalar):
+    if WORLD_SIZE > 1:
+        dist.all_reduce(scalar, dist.ReduceOp.MAX)
+    return scalar.item()
+
+
 def average(scalars):
     """{name: tensor} -> {name: float}, means over the processes."""
-    values = torch.stack([value.detach().float() for value in scalars.values()])
+    values = torch.stack([value.detach().double() for value in scalars.values()])
     return dict(zip(scalars, average_(values).tolist()))
 
 # -----------------------------------------------------------------------------
@@ -333,7 +433,7 @@ def log(args, bar, **metrics):
         raise BadInput(f"a gradient of iteration {metrics['iter']} is not finite: try a smaller "
                        "learning rate; last.pt is older, and good")
     if MASTER:
-        shown = {"loss", "reward", "kl", "share_of_optimum"} & metrics.keys()
+        shown = {"loss", "reward", "best", "kl", "share_of_optimum"} & metrics.keys()
         bar.set_postfix({name: metrics[name] for name in sorted(shown)}, refresh=False)
         with open(args.out / "metrics.jsonl", "a") as file:
             file.write(json.dumps(metrics) + "\n")
@@ -350,12 +450,16 @@ def open_out_dir(args):
     """Start with a new folder, but for --resume."""
     if MASTER and not args.resume:
         args.out.mkdir(parents=True, exist_ok=True)
+        if (args.out / "rewards.jsonl").exists():       # paid for: even --overwrite keeps them
+            os.replace(args.out / "rewards.jsonl", args.out / "rewards.old.jsonl")
         for name in ("pretrained.pt", "finetuned.pt", "last.pt", "report.json", "curve.png"):
             (args.out / name).unlink(missing_ok=True)
         (args.out / "metrics.jsonl").write_text("")
         writing = args.out / "config.part"
         writing.write_text(json.dumps(flags_of(args), indent=2) + "\n")
         os.replace(writing, args.out / "config.json")   # whole, or not there
+    if WORLD_SIZE > 1:
+        dist.barrier()
 
 
 def restore(args, phase, state):
@@ -376,14 +480,16 @@ def restore(args, phase, state):
     return first
 
 
-def end_iteration(args, phase, i, total, state):
-    """Save last.pt if it is time to, and at the end."""
+def end_iteration(args, task, phase, i, total, state):
+    """Save last.pt, and with it the model that was learnt, if it is time to, and at the end."""
     last = args.out / "last.pt"
     is_due = not last.exists() or time.time() - last.stat().st_mtime >= args.save_every
     if MASTER and (is_due or i + 1 == total):
         log_size = (args.out / "metrics.jsonl").stat().st_size
         parts = {name: part.state_dict() for name, part in state.items()}
         save(last, dict(phase=phase, iter=i + 1, log_size=log_size, **parts))
+        if phase == "finetune":
+            save_model(args, task, state["model"], "finetuned.pt")
 
 
 def save_model(args, task, model, name):
@@ -404,7 +510,7 @@ def save(file, checkpoint):
 # flags
 
 def get_parser():
-    epilog = "defaults that depend on task, process, method or clip mode:"
+    epilog = "defaults that depend on task, process or method:"
     for name, flags in DEFAULTS.items():
         epilog += f"\n  {name}: " + " ".join(f"--{flag}={value}" for flag, value in flags.items())
     parser = argparse.ArgumentParser(usage="train.py [--flag=value ...]", description=__doc__,
@@ -462,15 +568,15 @@ def get_parser():
         help="time at which the corrector runs")
 
     add = parser.add_argument_group("fine-tuning").add_argument
-    add("--algo", choices=["sepo", "loop", "prdp", "reinforce", "published"], default="sepo",
-        help="method; published: SEPO's own estimator, in hundreds of passes")
+    add("--algo", choices=["sepo", "loop", "prdp", "reinforce", "wdce", "published"],
+        default="sepo", help="method; published: SEPO's own estimator, in hundreds of passes")
     add("--iters", type=positive, default=100, help="rollouts")
     add("--prompts", type=positive, default=1, help="prompts per rollout (P)")
-    add("--group", type=positive, default=128, help="samples per prompt (G)")
-    add("--updates", type=positive, default=16, help="optimizer steps per rollout")
+    add("--group", type=positive, default=32, help="samples per prompt (G)")
+    add("--updates", type=positive, default=1, help="optimizer steps per round")
     add("--lr", "--learning_rate", type=weight, default=1e-3,
         help="initial learning rate; decays linearly to 5%%")
-    add("--path_events", type=count, default=1, help="events scored per path and update (0: all); "
+    add("--path_events", type=count, default=4, help="events scored per path and update (0: all); "
         "prdp scores all, published none")
     add("--advantage", choices=["grpo", "loo", "running"], default="grpo",
         help="what a return is compared with: its group, the others of it, or a running mean")
@@ -479,7 +585,15 @@ def get_parser():
         help="stop: PPO's clip; cap: SEPO's own, a capped and detached coefficient")
     add("--beta", type=weight, default=0.1, help="KL weight: how much reward one nat of KL must "
         "bring; try a tenth to a half of the spread of your rewards")
-    add("--grad_clip", type=number(float, 0.001), default=1.0, help="largest gradient norm")
+    add("--replay", type=count, default=7, help="rounds of updates on remembered rollouts per new "
+        "one, each along new paths; costs no reward")
+    add("--known", type=os.path.abspath, help="samples with known rewards to learn from: CSV or "
+        "TSV with columns sample and reward, or the rewards.jsonl of another run")
+    add("--keep", type=positive, default=1000, help="wdce, explore: choose from the last rollouts")
+    add("--min_ess", type=weight, default=32.0,
+        help="wdce, explore: the effective sample size that flattens their weights")
+    add("--explore", type=number(float, 0, 1), default=0.0, help="share of each rollout that are "
+        "good samples remembered and drawn anew in part")
 
     add = parser.add_argument_group("evaluation").add_argument
     add("--eval_every", type=positive, default=10, help="rollouts between evaluations")
@@ -499,8 +613,9 @@ def parse_args(argv=None):
     if config.exists() and not (args.resume or args.overwrite):
         parser.error(f"{out} holds another run: use --resume, --overwrite or another --out")
     fixed = json.loads(config.read_text()) if args.resume else {}
-    for name in (args.task, args.process, args.algo, args.clip_mode):
-        parser.set_defaults(**DEFAULTS.get(name, {}))
+    for choice in ("task", "process", "algo"):          # a task may choose a method
+        parser.set_defaults(**DEFAULTS.get(getattr(args, choice), {}))
+        args = parser.parse_args(argv)
     parser.set_defaults(out=out, **fixed)               # flags that must stay as they were
     args = parser.parse_args(argv)
     for name, value in flags_of(args).items():
@@ -522,6 +637,9 @@ def check_combinations(parser, args):
          "--group=1 leaves nothing to compare a sample with: add --advantage=running"),
         (args.algo == "prdp" and (args.group == 1 or not args.beta),
          "--algo=prdp needs --group above 1 and --beta above 0"),
+        ((args.algo == "wdce" or args.explore) and not args.beta,
+         "--algo=wdce and --explore need --beta above 0"),
+        (args.algo == "wdce" and args.replay, "--algo=wdce has no --replay: it learns from all"),
         (args.algo != "sepo" and args.clip_mode != "stop", "--clip_mode is for --algo=sepo"),
         (args.algo == "published" and (args.process == "uniform" or args.micro_batch),
          "--algo=published needs --process=absorb, and has no --micro_batch"),

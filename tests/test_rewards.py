@@ -3,6 +3,7 @@
 Read first test_a_faulty_reward_is_told_which_sample, for what a black box may return."""
 import gzip
 import itertools
+import json
 import math
 import random
 
@@ -97,6 +98,135 @@ def test_what_a_reward_raises_is_passed_on():
 def test_a_reward_may_return_any_numbers(reward):
     task = Task("t", "AC", 1, None, reward)
     assert ask(task, torch.tensor([[0], [1]])).tolist() == [0, 1]
+
+# -----------------------------------------------------------------------------
+# what was paid for
+
+
+def counting_task(alphabet="AC", length=3, **more):
+    """A task whose reward is its number of C, and the list of all samples that it was asked."""
+    asked = []
+    task = Task("t", alphabet, length, None, None, **more)
+
+    def reward(tokens):
+        asked.extend(task.decode(tokens))
+        return (tokens == 1).sum(dim=1)
+    task.reward = reward
+    return task, asked
+
+
+def test_a_sample_is_asked_once_whoever_asks_and_every_row_gets_a_line(tmp_path):
+    task, asked = counting_task()
+    paid = rewards.Paid(tmp_path / "rewards.jsonl")
+    x = task.encode(["AAC", "CCC", "AAC"])
+    assert paid.ask(task, x, iter=1, kl=torch.tensor([0.5, -1.0, 0.25])).tolist() == [1, 3, 1]
+    assert paid.ask(task, x[:1], 2, "evaluation").tolist() == [1] and asked == ["AAC", "CCC"]
+    lines = list(rewards.whole_lines((tmp_path / "rewards.jsonl").read_text()))
+    assert lines == [dict(iter=1, sample="AAC", reward=1, kl=0.5),
+                     dict(iter=1, sample="CCC", reward=3, kl=-1),
+                     dict(iter=1, sample="AAC", reward=1, kl=0.25),
+                     dict(iter=2, stage="evaluation", sample="AAC", reward=1)]
+    assert len(paid.seen) == 2 and paid.best == 3
+
+
+def test_the_optimum_knows_everything_but_does_not_count(tmp_path):
+    task, asked = counting_task()
+    paid = rewards.Paid(tmp_path / "rewards.jsonl")
+    paid.ask(task, task.encode(["CCC", "AAA"]), stage="optimum")
+    assert not paid.seen and paid.best == -math.inf
+    assert paid.ask(task, task.encode(["AAA"]), iter=1).tolist() == [0] and len(asked) == 2
+    assert paid.seen == {"AAA"} and paid.best == 0
+
+
+@pytest.mark.parametrize("cut", range(0, 200, 7))
+def test_a_file_that_was_torn_anywhere_is_completed(cut, tmp_path):
+    """A second sitting asks for what the first had not written, and then the rollout is there."""
+    task, asked = counting_task(length=6)
+    file, kl = tmp_path / "rewards.jsonl", torch.arange(4.0)
+    x = task.encode(["AAACAC", "CCCAAA", "AAACAC", "ACACAC"])
+    first = rewards.Paid(file).ask(task, x, iter=1, kl=kl)
+    whole, n = file.read_text(), len(asked)
+    file.write_text(whole[:cut])
+    kept = {line["sample"] for line in rewards.whole_lines(whole[:cut])}
+    paid = rewards.Paid(file)
+    assert torch.equal(paid.ask(task, x, iter=1, kl=kl), first)
+    assert set(asked[n:]) == {"AAACAC", "CCCAAA", "ACACAC"} - kept and len(asked) == 2 * n - len(kept)
+    samples = [line["sample"] for line in rewards.whole_lines(file.read_text())]
+    assert samples[-4:] == ["AAACAC", "CCCAAA", "AAACAC", "ACACAC"] and len(samples) < 8
+    assert len(paid.seen) == 3 and paid.best == 3
+
+
+def test_the_buffer_is_rebuilt_from_the_file(tmp_path):
+    """With pads, which the file leaves out at the end, and prompts; float32 survives."""
+    task, asked = counting_task("AC-", 5, pad="-", given=lambda x: (torch.arange(5) < 2).expand_as(x))
+    x = torch.randint(3, (6, 5), generator=torch.Generator().manual_seed(0))
+    x[0] = torch.tensor([1, 0, 2, 2, 2])
+    log_ref = torch.randn(6)
+    paid = rewards.Paid(tmp_path / "rewards.jsonl")
+    reward = paid.ask(task, x, iter=4, log_ref=log_ref)
+    assert '"sample": "CA", "reward": 1.0, "prompt": "CA___"' in (tmp_path / "rewards.jsonl").read_text()
+    again = rewards.Paid(tmp_path / "rewards.jsonl")
+    rollout = again.recall(task, 4, group=3, size=6)
+    assert torch.equal(rollout.tokens, x) and torch.equal(rollout.reward, reward.view(2, 3))
+    assert torch.equal(rollout.log_ref, log_ref.view(2, 3)) and torch.equal(rollout.given, task.given(x))
+    assert again.seen == paid.seen and again.best == paid.best
+
+
+def test_processes_know_their_own_lines_only(tmp_path):
+    task, asked = counting_task()
+    file, x = tmp_path / "rewards.jsonl", task.encode(["AAC", "CCC"])
+    for rank in (0, 1):
+        rewards.Paid(file, rank).ask(task, x, iter=1)
+    assert len(asked) == 4
+    assert [line.get("rank") for line in rewards.whole_lines(file.read_text())] == [None] * 2 + [1] * 2
+    rewards.Paid(file, 1).ask(task, x, iter=1)
+    assert len(asked) == 4 and len(list(rewards.whole_lines(file.read_text()))) == 4
+
+
+def test_another_machine_that_draws_other_samples_keeps_what_was_paid(tmp_path):
+    task, asked = counting_task()
+    file = tmp_path / "rewards.jsonl"
+    rewards.Paid(file).ask(task, task.encode(["AAC", "CCC"]), iter=1, kl=torch.zeros(2))
+    paid = rewards.Paid(file)
+    assert paid.ask(task, task.encode(["ACC", "AAC"]), 1, kl=torch.ones(2)).tolist() == [2, 1]
+    assert asked == ["AAC", "CCC", "ACC"]
+    rollout = rewards.Paid(file).recall(task, 1, group=2, size=2)
+    assert task.decode(rollout.tokens) == ["ACC", "AAC"]
+
+
+@pytest.mark.parametrize("text", [
+    'sample,reward\nAAC,1.5\nCCC,-2\n', 'reward\tname\tsample\n1.5\tx\tAAC\n-2\ty\tCCC\n',
+    '{"iter": 1, "sample": "AAC", "reward": 1.5, "kl": 9}\n{"sample": "CCC", "reward": -2}\n{"sa'])
+def test_known_rewards_come_from_tables_and_from_other_runs(text, tmp_path):
+    task, asked = counting_task()
+    (tmp_path / "known.txt").write_text(text)
+    rollout, = rewards.read_known(task, str(tmp_path / "known.txt"))
+    assert task.decode(rollout.tokens) == ["AAC", "CCC"] and not asked
+    assert rollout.reward.tolist() == [[1.5, -2]]
+
+
+def test_known_rewards_of_one_prompt_stay_together(tmp_path):
+    task, _ = counting_task(given=lambda x: (torch.arange(3) < 1).expand_as(x))
+    (tmp_path / "known.csv").write_text("sample,reward\nAAC,1\nCCC,2\nACC,3\n")
+    one, two = rewards.read_known(task, str(tmp_path / "known.csv"))
+    assert task.decode(one.tokens) == ["AAC", "ACC"] and two.reward.tolist() == [[2]]
+    assert one.given.tolist() == [[True, False, False]] * 2
+
+
+@pytest.mark.parametrize("text, message", [
+    ("sample,reward\nAAC,1\nAXC,2\n", "known.csv, row 2: 'X' at position 2"),
+    ("sample,reward\nAAC,1\nA_C,2\n", "known.csv, row 2: '_' at position 2"),
+    ("sample,reward\nAA,1\n", "row 1: 'AA' has 2 letters, the task 3"),
+    ("sample,reward\nAAC,much\n", "row 1: could not convert string to float: 'much'"),
+    ("sample,reward\nAAC,nan\n", "row 1: the reward is nan"),
+    ("sample,reward\nAAC\n", "row 1: .*None"), ("sequence,reward\nAAC,1\n", "row 1: 'sample'"),
+    ("", "known.csv has no row"), (None, "known.csv cannot be read: .*No such file")])
+def test_known_rewards_that_do_not_fit_get_a_line(text, message, tmp_path):
+    if text is not None:
+        (tmp_path / "known.csv").write_text(text)
+    with pytest.raises(BadInput, match=message) as error:
+        rewards.read_known(counting_task()[0], str(tmp_path / "known.csv"))
+    assert "\n" not in str(error.value)
 
 # -----------------------------------------------------------------------------
 # held-out parts
@@ -262,6 +392,60 @@ def test_a_text_cannot_be_gamed_by_a_word_over_and_over():
     for string, most in (("this " * 9, 4 / 48), ("and the " * 6, 0), ("x" * 48, 0)):
         assert ask(task, task.encode([string.ljust(48)[:48]])).item() <= most + 1e-9
 
+
+# -----------------------------------------------------------------------------
+# ehrlich
+
+
+def ehrlich_parts():
+    """The motifs, their places and the banned pairs, read out of the reward's closure."""
+    inside = dict(zip(TASKS["ehrlich"]().reward.__code__.co_freevars,
+                      (cell.cell_contents for cell in TASKS["ehrlich"]().reward.__closure__)))
+    return inside["wanted"], inside["places"], inside["is_feasible"]
+
+
+def best_ehrlich():
+    """All motifs one after the other, each letter repeated until the next is due."""
+    wanted, places, _ = ehrlich_parts()
+    x = []
+    for motif, place in zip(wanted.tolist(), places.tolist()):
+        ends = place[1:] + [place[-1] + 1]
+        for v, start, end in zip(motif, place, ends):
+            x += [v] * (end - start)
+    return torch.tensor([x + x[-1:] * (32 - len(x))])
+
+
+def test_the_best_ehrlich_sequence_earns_one_and_each_loss_its_share():
+    task, best = TASKS["ehrlich"](), best_ehrlich()
+    wanted, places, is_feasible = ehrlich_parts()
+    assert is_feasible(best).all() and ask(task, best).item() == 1
+    letters, banned = task.vocab_size, 0
+    for a, b in itertools.product(range(letters), repeat=2):
+        pair = torch.full((1, 32), a)
+        pair[0, 1] = b
+        is_banned = not is_feasible(pair[:, :2]).item()
+        banned += is_banned
+        assert (ask(task, pair) == 0) or not is_banned
+        assert not is_banned or a != b                          # a letter may always be repeated
+    assert banned == 3 * letters
+    found = set()
+    for v in range(letters):                                    # a letter of the first motif is lost
+        other = best.clone()
+        other[0, 0] = v
+        if v != wanted[0, 0] and is_feasible(other):
+            found.add(ask(task, other).item())
+    assert 0.75 in found and found <= {0.75, 1.0}
+
+
+def test_ehrlich_data_are_feasible_and_seldom_good():
+    task = TASKS["ehrlich"]()
+    x = task.data(2000, torch.Generator().manual_seed(0))
+    assert task.measure(x) == {"feasible": 1} and 0 < ask(task, x).mean() < 0.1
+    assert task.held(50, torch.Generator().manual_seed(0)).shape == (50, 32)
+    noise = torch.randint(20, (500, 32), generator=torch.Generator().manual_seed(0))
+    assert task.measure(noise)["feasible"] < 0.1 and ask(task, noise).mean() < 0.01
+    with pytest.raises(BadInput, match="--length=15: the motifs of ehrlich need 16 slots"):
+        TASKS["ehrlich"](15)
 
 # -----------------------------------------------------------------------------
 # files

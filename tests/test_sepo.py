@@ -399,6 +399,112 @@ def test_unknown_names_are_refused():
         sepo.advantages(torch.zeros(1, 2), "gae")
 
 # -----------------------------------------------------------------------------
+# off policy: remembered samples
+
+
+def random_weights(n, seed=5):
+    """A distribution over n paths that no policy has."""
+    return torch.randn(n, generator=torch.Generator().manual_seed(seed)).softmax(0)
+
+
+@pytest.mark.parametrize("chain, L, steps, prompt", CASES)
+def test_off_policy_the_update_is_the_gradient_of_the_log_variance(chain, L, steps, prompt):
+    """For any q over paths, with d = beta log p(path)/p_ref(path) - R:
+    grad Var_q(d) / (2 beta) = -E_q[A grad log p(path)], A = (R - beta log p/p_ref) - its mean under q
+    (VarGrad, 2010.10436). The paths are all paths of the sampler, each with its random weight."""
+    model, process, beta = model_for(chain, L), chain(2), 0.3
+    reference = network(2, L, seed=1, n_embd=16, time_conditioning=chain is Uniform)
+    path, _ = every_path(process, model, L, steps, prompt)
+    q, R, B = random_weights(len(path.tokens)), some_reward(path.tokens), len(path.tokens)
+    log_ratio = process.replay(model, path) - process.replay(reference, path).detach()
+    d = beta * log_ratio.flatten(1).sum(dim=1) - R
+    truth = gradient(((q * d ** 2).sum() - (q * d).sum() ** 2) / (2 * beta), model)
+    returns = R - beta * process.path_kl(reference, path)
+    A = (returns - (q * returns).sum()) * q * B
+    view = sepo.draw_view(process, model, path, events=0)
+    assert close(gradient(sepo.sepo_loss(process, model, view, A)[0], model), truth)
+    assert close(gradient(sepo.loop_loss(process, model, view, A)[0], model), truth)
+    kl = process.path_kl(reference, path)[None]                 # prdp: q is uniform
+    truth = gradient(d.var(correction=0) / (2 * beta), model)
+    loss, clip_fraction = sepo.prdp_loss(process, model, path, R[None], kl, beta)
+    assert close(gradient(loss, model), truth) and clip_fraction == 0
+
+
+def test_the_only_zero_of_the_log_variance_is_the_optimum():
+    """Descent along the update of random rows that no policy drew, on new paths every time, ends
+    at p* ~ p_ref exp(R / beta)."""
+    V, L, beta, process = 2, 2, 0.5, Absorbing(2)
+    reference = posterior_table(random_law(V, L), V, L)
+    R = some_reward(sequences(V, L))
+    optimum = (process.exact_law(reference, L).detach().log() + R / beta).softmax(0)
+    model = Table(V, L)
+    optimizer = torch.optim.Adam(model.parameters(), 0.05)
+    torch.manual_seed(6)
+    for i in range(400):
+        optimizer.param_groups[0]["lr"] = 0.05 * (1 - i / 400)
+        tokens = sequences(V, L)[torch.randint(V ** L, (16,))]
+        path = process.path_to(tokens)
+        path = replace(path, logp=process.replay(model, path).detach())
+        returns = some_reward(tokens) - beta * process.path_kl(reference, path)
+        A = sepo.advantages(returns[None], "loo")[0]
+        view = sepo.draw_view(process, model, path, events=0)
+        optimizer.zero_grad()
+        sepo.sepo_loss(process, model, view, A)[0].backward()
+        optimizer.step()
+    found = process.exact_law(model, L).detach()
+    assert kl(optimum, found) < 1e-3 < 0.05 < kl(optimum, process.exact_law(reference, L).detach())
+
+# -----------------------------------------------------------------------------
+# weighted denoising cross-entropy
+
+
+def test_wdce_weights_are_those_of_the_optimum_and_keep_the_sample_size():
+    """All four sequences, as if drawn uniformly: their kl is -log(4 p_ref), so c = 1 gives p*."""
+    reference = random_law(2, 2).double()
+    R = some_reward(sequences(2, 2)).double()
+    optimum = (reference.log() + R / 0.5).softmax(0)
+    uniform_kl = -(4 * reference).log()
+    assert torch.allclose(sepo.wdce_weights(R, uniform_kl, 0.5, min_ess=1), optimum)
+    for beta, min_ess in ((0.01, 2), (0.01, 3.5), (1e-6, 2)):
+        w = sepo.wdce_weights(R, uniform_kl, beta, min_ess)
+        assert 1 / w.square().sum().item() == pytest.approx(min_ess, rel=1e-3)
+        assert w.sum().item() == pytest.approx(1) and w.argmax() == (R / beta - uniform_kl).argmax()
+    even = torch.full((4,), 0.25, dtype=torch.double)
+    assert torch.allclose(sepo.wdce_weights(R, uniform_kl, 0.01, min_ess=9), even)     # out of reach
+
+
+class EveryMask(Absorbing):
+    """Absorbing(2) that masks two slots in all ways at once, in proportion to their chances: rows of
+    four, for the subsets {0}, {1}, {0, 1} and {0, 1} again."""
+
+    def mask_some(self, x0, given):
+        masked = torch.tensor([[1, 0], [0, 1], [1, 1], [1, 1]]).bool().repeat(len(x0) // 4, 1)
+        n_masked = masked.sum(dim=1)
+        return torch.where(masked, 2, x0), n_masked / 3, masked, 2 / n_masked
+
+
+def test_the_wdce_gradient_is_that_of_the_bound_and_vanishes_at_the_optimum():
+    V, L, process = 2, 2, EveryMask(2)
+    optimum = random_law(V, L, seed=4)
+    x = sequences(V, L).repeat_interleave(4, dim=0)
+    weights = (optimum / 4).repeat_interleave(4)
+
+    def ours(model):
+        loss, _ = sepo.wdce_loss(process, model, x, torch.zeros_like(x, dtype=torch.bool), weights)
+        return gradient(loss, model)
+    best = posterior_table(optimum, V, L)
+    assert ours(best).abs().max() < 1e-6
+    for model in (Table(V, L), network(V, L)):
+        bound = 0.0
+        for p, (a, b) in zip(optimum, sequences(V, L)):         # by hand, per sequence
+            logp = {s: model(torch.tensor([s])).log_softmax(-1)[0] for s in
+                    ((2, b.item()), (a.item(), 2), (2, 2))}
+            one = logp[2, b.item()][0, a] + logp[a.item(), 2][1, b]
+            both = logp[2, 2][0, a] + logp[2, 2][1, b]
+            bound = bound - p * (one + both) / 2
+        assert close(ours(model), gradient(bound, model))
+
+# -----------------------------------------------------------------------------
 # PRDP
 
 

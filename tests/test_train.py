@@ -24,11 +24,11 @@ import train
 from diffusion import Absorbing
 from exact import network
 from model import Block, Config, Denoiser
-from rewards import TASKS, Task
+from rewards import TASKS, Task, whole_lines
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--pretrain_iters=6", "--iters=4", "--group=8", "--updates=2", "--n_embd=16", "--n_layer=1",
-        "--n_head=2", "--eval_every=2", "--data_size=100", "--report_samples=20"]
+        "--n_head=2", "--eval_every=2", "--replay=0", "--data_size=100", "--report_samples=20"]
 
 
 @pytest.fixture(autouse=True)
@@ -59,6 +59,10 @@ def run(out, *args, task="two"):
 def lines(out, phase=None):
     everything = [json.loads(line) for line in open(out / "metrics.jsonl")]
     return [line for line in everything if phase in (None, line["phase"])]
+
+
+def paid_lines(out):
+    return list(whole_lines((out / "rewards.jsonl").read_text()))
 
 
 def weights(out, name="finetuned"):
@@ -92,7 +96,7 @@ def toy(tmp_path_factory):
 def test_a_run_leaves_its_files_and_says_what_to_type_next(toy):
     out, printed, progress = toy
     assert {file.name for file in out.iterdir()} == {
-        "config.json", "metrics.jsonl", "pretrained.pt", "finetuned.pt", "last.pt", "curve.png",
+        "config.json", "metrics.jsonl", "rewards.jsonl", "pretrained.pt", "finetuned.pt", "last.pt", "curve.png",
         "report.json"}
     assert (out / "curve.png").read_bytes()[:4] == b"\x89PNG"
     assert f"python sample.py --run={out}" in printed.splitlines()[-1]
@@ -125,6 +129,9 @@ def test_checkpoints_are_plain_tensors(toy):
     ["--algo=loop", "--micro_batch=5"], ["--algo=loop", "--path_events=2", "--process=uniform"],
     ["--algo=prdp", "--group=4", "--prompts=2"], ["--algo=prdp", "--process=uniform"],
     ["--algo=prdp", "--micro_batch=3"], ["--algo=published"], ["--algo=reinforce", "--conv=3"],
+    ["--replay=2", "--path_events=0"], ["--replay=2", "--process=uniform"],
+    ["--replay=1", "--algo=prdp"], ["--replay=1", "--algo=loop", "--explore=0.5"],
+    ["--algo=wdce", "--explore=0.5"], ["--algo=wdce", "--process=uniform", "--keep=1"],
     ["--process=uniform", "--corrector_steps=3", "--corrector_t=0.3", "--path_events=2"]])
 def test_every_choice_runs(extra, tmp_path):
     assert run(tmp_path, *extra)[-1]["share_of_optimum"] <= 1 + 1e-4
@@ -195,6 +202,124 @@ def test_own_data_and_reward_and_a_start_from_a_saved_model(tmp_path, monkeypatc
         assert not Path("c/config.json").exists()
 
 # -----------------------------------------------------------------------------
+# an iteration, taken apart
+
+
+def captured(monkeypatch, owner, name):
+    """Every call of a function: its arguments, then its result."""
+    calls, real = [], getattr(owner, name)
+
+    def spy(*args, **more):
+        result = real(*args, **more)
+        calls.append((*args, *more.values(), result))
+        return result
+    monkeypatch.setattr(owner, name, spy)
+    return calls
+
+
+def rollouts(out):
+    """The rewards and the kl of each rollout, from the file -> {iteration: (reward, kl)}."""
+    rows = paid_lines(out)
+    rows = [row for row in rows if "stage" not in row]
+    return {i: tuple(torch.tensor([row[key] for row in rows if row["iter"] == i]).double()
+                     for key in ("reward", "kl")) for i in range(1, 3)}
+
+
+BIG = ["--iters=2", "--beta=0.3", "--lr=0.01"]          # so that the kl of rollout 2 is not 0
+
+
+@pytest.mark.parametrize("algo", ["sepo", "loop", "reinforce"])
+def test_an_iteration_is_its_formulas_written_out(algo, tmp_path, monkeypatch):
+    """Advantages, clips and rates of the updates on the second rollout and on a remembered one."""
+    set_two(monkeypatch, lambda x: (x == 1).float().mean(dim=1), "ACGT", 4)
+    name = "sepo_loss" if algo == "sepo" else "loop_loss"
+    losses, paths = captured(monkeypatch, sepo, name), captured(monkeypatch, train, "new_path")
+    steps = captured(monkeypatch, train, "step")
+    run(tmp_path, f"--algo={algo}", "--replay=1", "--updates=1", "--path_events=1", *BIG)
+    (R1, kl1), (R, kl) = rollouts(tmp_path).values()
+    returns, first = R - 0.3 * kl, R1 - 0.3 * kl1
+    assert kl1.abs().max() < 1e-5 and kl.abs().max() > 0.1
+    expected = {"sepo": (returns - returns.mean()) / (R.var(correction=0) + 0.3 ** 2).sqrt(),
+                "loop": (returns - returns.mean()) * 8 / 7,
+                "reinforce": returns - first.mean()}[algo]
+    _, _, view, A, clip, *mode, _ = losses[2]                   # of four: two per iteration
+    assert torch.allclose(A, expected.float(), atol=1e-5) and len(losses) == 4
+    assert clip == (float("inf") if algo == "reinforce" else 0.1) and mode in ([], ["stop"])
+    assert [call[2] for call in steps[-4:]] == pytest.approx([0.01, 0.01, 0.005, 0.005])
+
+    process, old, given = paths[1][1], paths[1][3], paths[1][4]         # the replay of iteration 2
+    path, A = paths[1][-1], losses[3][3]
+    assert torch.equal(path.tokens, old) and not given.any()
+    reference, _ = sample.load_model(tmp_path / "pretrained.pt")
+    R = (old == 1).double().mean(dim=1)
+    returns = R - 0.3 * (path.logp - process.replay(reference, path).detach()).sum(dim=1)
+    expected = {"sepo": (returns - returns.mean()) / (R.var(correction=0) + 0.3 ** 2).sqrt(),
+                "loop": (returns - returns.mean()) * 8 / 7,
+                "reinforce": returns - first.mean()}[algo]
+    assert torch.allclose(A, expected.float(), atol=1e-4)
+
+
+def test_prdp_is_given_the_kl_of_its_paths(tmp_path, monkeypatch):
+    set_two(monkeypatch, lambda x: (x == 1).float().mean(dim=1), "ACGT", 4)
+    losses = captured(monkeypatch, sepo, "prdp_loss")
+    run(tmp_path, "--algo=prdp", "--updates=1", *BIG)
+    R, kl = rollouts(tmp_path)[2]
+    _, _, _, rewards, given_kl, beta, clip, _, _ = losses[1]
+    assert torch.allclose(rewards[0], R) and torch.allclose(given_kl[0].double(), kl) and beta == 0.3
+    assert kl.abs().max() > 0.05
+
+
+def test_wdce_draws_rows_of_the_buffer_by_their_weights(tmp_path, monkeypatch):
+    """One sample earns something, so at min_ess 1 and a small beta all updates draw it."""
+    monkeypatch.setattr(Absorbing, "is_small", lambda *_: False)
+    seen = []
+
+    def reward(x):
+        seen.extend(x.tolist())
+        return [float(len(seen) > 5 and row == seen[5]) for row in x.tolist()]
+    set_two(monkeypatch, reward, "ACGT", 8)
+    losses = captured(monkeypatch, sepo, "wdce_loss")
+    run(tmp_path, "--algo=wdce", "--iters=2", "--min_ess=1", "--beta=0.001", "--keep=2")
+    for _, _, tokens, given, weights, _ in losses:
+        assert (tokens == torch.tensor(seen[5])).all() and not given.any()
+        assert (weights == 1 / 8).all() and len(tokens) == 8
+    assert len(losses) == 2 * 2
+
+
+def test_explored_rows_keep_most_of_what_they_came_from(tmp_path, monkeypatch):
+    monkeypatch.setattr(Absorbing, "is_small", lambda *_: False)
+    set_two(monkeypatch, lambda x: (x == 1).float().mean(dim=1), "ACGT", 30)
+    drawn = captured(monkeypatch, Absorbing, "sample")
+    run(tmp_path, "--explore=0.5", "--iters=2", "--report_samples=0")
+    first, second = (call[5] for call in drawn[:2])             # the prompts of both rollouts
+    assert (first == 4).all() and (second[4:] == 4).all()
+    n_free = (second[:4] == 4).sum(dim=1)
+    assert 0 < n_free.sum() and (n_free < 25).all()             # of 30, each with chance 0.5 at most
+
+
+def test_prompts_are_not_noised_in_pre_training(tmp_path, monkeypatch):
+    """The loss is given the slots of a+b=, of its own batch and of the held-out sequences."""
+    losses = captured(monkeypatch, Absorbing, "loss")
+    run(tmp_path, "--iters=1", "--prompts=2", task="arithmetic")
+    assert len(losses) >= 8
+    for _, _, x0, given, _ in losses:
+        assert given.shape == x0.shape and given[:, :6].all() and not given[:, 6:].any()
+
+
+def test_known_rewards_are_learned_from_before_anything_is_asked(tmp_path, monkeypatch):
+    """Twenty sequences from a table: the first remembered rollout is this one; no row is lost."""
+    monkeypatch.setattr(Absorbing, "is_small", lambda *_: False)
+    set_two(monkeypatch, lambda x: (x == 1).float().mean(dim=1), "ACGT", 6)
+    rows = ["".join(random.Random(i).choices("ACGT", k=6)) for i in range(20)]
+    (tmp_path / "lab.csv").write_text("sample,reward\n" + "".join(f"{s},{i}\n"
+                                                                  for i, s in enumerate(rows)))
+    paths = captured(monkeypatch, train, "new_path")
+    run(tmp_path / "a", f"--known={tmp_path / 'lab.csv'}", "--replay=12", "--iters=1", "--group=4")
+    sizes = {len(call[3]) for call in paths}
+    assert sizes == {20, 4} and lines(tmp_path / "a")[-1]["queries"] <= 4
+
+
+# -----------------------------------------------------------------------------
 # bad input
 
 
@@ -210,6 +335,10 @@ def test_own_data_and_reward_and_a_start_from_a_saved_model(tmp_path, monkeypatc
     (["--iters"], "argument --iters: expected one argument"),
     (["--n_embd=30"], "n_embd must be even and a multiple of --n_head"),
     (["--algo=prdp", "--beta=0"], "--algo=prdp needs --group above 1 and --beta above 0"),
+    (["--algo=wdce", "--replay=1"], "--algo=wdce has no --replay"),
+    (["--algo=wdce", "--beta=0"], "--algo=wdce and --explore need --beta above 0"),
+    (["--explore=0.5", "--beta=0"], "--algo=wdce and --explore need --beta above 0"),
+    (["--explore=1.5"], "argument --explore: invalid float in .0, 1. value: '1.5'"),
     (["--algo=loop", "--clip_mode=cap"], "--clip_mode is for --algo=sepo"),
     (["--algo=published", "--process=uniform"], "--algo=published needs --process=absorb"),
     (["--algo=published", "--micro_batch=2"], "--algo=published .* has no --micro_batch"),
@@ -293,27 +422,31 @@ def test_a_reward_that_raises_shows_its_own_traceback_and_leaves_nothing_behind(
 @pytest.mark.parametrize("fault", ["nan", "raise"])
 def test_a_reward_that_fails_midway_loses_nothing_and_the_run_resumes(fault, tmp_path, monkeypatch,
                                                                       capsys):
-    """After --resume the numbers are those of a run without the fault."""
-    good, calls = TASKS["two"]().reward, []
-    run(tmp_path / "whole")
+    """After --resume the numbers are those of a run without the fault, and what was paid for before
+    it is not asked again. The fourth call of the reward is that of the third rollout."""
+    monkeypatch.setattr(Absorbing, "is_small", lambda *_: False)
+    good, asked, calls = lambda tokens: (tokens == 1).float().mean(dim=1), [], []
+    set_two(monkeypatch, good, "ACGT", 6)
+    run(tmp_path / "whole", "--replay=1")
 
     def reward(tokens):
         calls.append(len(tokens))
-        if calls.count(8) == 3 and len(tokens) == 8 and fault == "raise":
+        if len(calls) == 4 and fault == "raise":
             raise RuntimeError("the lab is closed")
-        if calls.count(8) == 3 and len(tokens) == 8:
+        if len(calls) == 4:
             return good(tokens) / 0
+        asked.extend(map(tuple, tokens.tolist()))
         return good(tokens)
-    set_two(monkeypatch, reward)
+    set_two(monkeypatch, reward, "ACGT", 6)
     args = ["--task=two", f"--out={tmp_path / 'broken'}"]
-    monkeypatch.setattr(Absorbing, "is_small", lambda *_: False)    # exact laws ask for 8, too
     with pytest.raises(RuntimeError if fault == "raise" else SystemExit):
-        train.main([*args, *TINY, "--save_every=0"])
+        train.main([*args, *TINY, "--replay=1", "--save_every=0"])
     assert fault == "raise" or "a finite number" in capsys.readouterr().err
     assert weights(tmp_path / "broken") and len(lines(tmp_path / "broken", "finetune")) == 2
-    monkeypatch.undo()
-    set_two(monkeypatch, good)
     train.main([*args, "--resume"])
+    assert len(asked) == len(set(asked)) > 20
+    for name in ("metrics.jsonl", "rewards.jsonl", "report.json"):
+        assert (tmp_path / "whole" / name).read_text() == (tmp_path / "broken" / name).read_text()
     a, b = weights(tmp_path / "whole"), weights(tmp_path / "broken")
     assert all(torch.equal(a[name], b[name]) for name in a)
 
@@ -341,10 +474,10 @@ def test_a_learning_rate_that_blows_up_ends_in_one_line_and_keeps_good_weights(t
     [], ["--algo=loop"], ["--algo=loop", "--path_events=2"], ["--algo=prdp"], ["--micro_batch=3"]])
 def test_no_update_waits_for_the_device(extra, monkeypatch, tmp_path):
     """Whatever reads a tensor's value on the host is forbidden while updates run: it replaces
-    Tensor.item and the like for the time between the first view and the logging."""
+    Tensor.item and the like for the time between the first view and the baseline's update."""
     def forbidden(*_, **__):
         raise AssertionError("a host synchronisation")
-    updates, average = train.draw_updates, train.average
+    updates, learn = train.draw_updates, sepo.Baseline.update
 
     def forbid(*args):
         views = updates(*args)
@@ -353,14 +486,14 @@ def test_no_update_waits_for_the_device(extra, monkeypatch, tmp_path):
             patch.setattr(torch.Tensor, name, forbidden)
         return views
 
-    def allow(scalars):
+    def allow(baseline, returns):
         patch.undo()
         patch.setattr(train, "draw_updates", forbid)
-        patch.setattr(train, "average", allow)
-        return average(scalars)
+        patch.setattr(sepo.Baseline, "update", allow)
+        learn(baseline, returns)
     with monkeypatch.context() as patch:
         patch.setattr(train, "draw_updates", forbid)
-        patch.setattr(train, "average", allow)
+        patch.setattr(sepo.Baseline, "update", allow)
         out = run(tmp_path, "--micro_batch=0", *extra)
     assert len(out) == 1 + 4
 
@@ -378,6 +511,50 @@ def test_ctrl_c_keeps_the_weights_and_says_how_to_continue(tmp_path):
     assert process.returncode == 130 and "Traceback" not in err
     assert "the same command with --resume continues" in err
     assert weights(tmp_path) and torch.load(tmp_path / "last.pt", weights_only=True)["iter"] > 0
+
+
+KILLS = {                   # at which of its calls (in the third rollout) a function kills the run
+    "line": ("rewards.Paid.count", 3), "update": ("train.step", 6 + 2 * 4 + 1),
+    "replay": ("train.new_path", 3), "checkpoint": ("torch.save", 6 + 1 + 2 * 2 + 1)}
+
+
+@pytest.mark.parametrize("point", KILLS)
+def test_a_run_killed_between_line_update_and_checkpoint_asks_nothing_twice(point, tmp_path):
+    """The reward notes what it is asked; with --resume the run ends as if nothing had happened."""
+    (tmp_path / "own.py").write_text(f"""
+def score(samples):
+    with open("{tmp_path / 'asked'}", "a") as file:
+        file.writelines(s + "\\n" for s in samples)
+    return [s.count("T") / 8 for s in samples]
+""")
+    args = ["--task=toy", "--length=8", *TINY, "--replay=1", "--save_every=0", "--report_samples=0",
+            f"--reward={tmp_path / 'own.py'}:score"]
+    name, at = KILLS[point]
+    code = f"""
+import os, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+import rewards, torch, train
+calls, real = [], {name}
+def fatal(*args, **more):
+    result = real(*args, **more)
+    calls.append(1)
+    if len(calls) == {at}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return result
+{name} = fatal
+train.main(sys.argv[1:])
+"""
+    command = [sys.executable, "-c", code, *args, f"--out={tmp_path / 'a'}"]
+    assert subprocess.run(command, capture_output=True, timeout=120).returncode == -signal.SIGKILL
+    assert len(lines(tmp_path / "a", "finetune")) in (2, 3)
+    train.main(["--task=toy", f"--out={tmp_path / 'a'}", "--resume"])
+    asked = (tmp_path / "asked").read_text().split()
+    assert len(asked) == len(set(asked))
+    train.main([*args, f"--out={tmp_path / 'b'}"])
+    for name in ("metrics.jsonl", "rewards.jsonl"):
+        assert (tmp_path / "a" / name).read_text() == (tmp_path / "b" / name).read_text()
+    a, b = weights(tmp_path / "a"), weights(tmp_path / "b")
+    assert all(torch.equal(a[key], b[key]) for key in a)
 
 
 def test_a_run_killed_again_and_again_ends_with_the_same_numbers(tmp_path):
@@ -439,7 +616,7 @@ def test_two_processes_learn_what_one_does_with_the_whole_batch(tmp_path):
     done = torchrun(ROOT / "tests/ranks.py", tmp_path / "two.pt")
     assert done.returncode == 0, done.stderr
     one, two = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in ("one", "two"))
-    assert torch.equal(one["rewards"], two["rewards"])
+    assert one["scale"].item() == pytest.approx(two["scale"].item(), rel=1e-12)
     assert one["reward"] == pytest.approx(two["reward"], abs=1e-6)
     begin = network(4, 6).state_dict()
     for name, weight in one["model"].items():
@@ -456,9 +633,10 @@ def score(samples):
     calls.append(1)
     if len(calls) == 4 and os.environ["RANK"] == "0" and not os.path.exists("{tmp_path / 'b'}"):
         shutil.copytree("{tmp_path / 'a'}", "{tmp_path / 'b'}")
-    return [s.count("T") / 6 for s in samples]
+    return [s.count("T") / 8 for s in samples]
 """)
-    args = ["--task=toy", *TINY, "--prompts=2", "--report_samples=0", "--save_every=0"]
+    args = ["--task=toy", "--length=8", *TINY, "--prompts=2", "--report_samples=0", "--replay=1",
+            "--save_every=0"]
     reward = f"--reward={tmp_path / 'own.py'}:score"
     done = torchrun(ROOT / "train.py", *args, reward, f"--out={tmp_path / 'a'}")
     assert done.returncode == 0, done.stderr
@@ -466,7 +644,17 @@ def score(samples):
     done = torchrun(ROOT / "train.py", "--task=toy", f"--out={tmp_path / 'b'}", "--resume")
     assert done.returncode == 0, done.stderr
     assert lines(tmp_path / "a") == lines(tmp_path / "b")
-    assert lines(tmp_path / "a")[-1]["queries"] == 64
+    paid = paid_lines(tmp_path / "a")
+    for rank in (0, 1):
+        rows = [line for line in paid if line.get("rank", 0) == rank and "iter" in line]
+        assert len(rows) == 4 * 8
+    everyone = torch.tensor([line["reward"] for line in paid if line.get("iter") == 4])
+    last = lines(tmp_path / "a")[-1]
+    assert last["reward"] == pytest.approx(everyone.mean().item(), abs=1e-6)
+    assert last["reward_std"] == pytest.approx(everyone.std(correction=0).item(), abs=1e-6)
+    asked = {(line.get("rank"), line["sample"]) for line in paid if "iter" in line}
+    assert last["queries"] == len(asked)
+    assert last["best"] == max(line["reward"] for line in paid if "iter" in line)
 
 
 def test_compiled_blocks_compute_the_same_in_every_copy(monkeypatch):
@@ -499,13 +687,19 @@ def test_the_measures_of_diversity_by_hand():
 
 
 def test_the_report_says_what_it_asks_and_notes_an_exploited_reward(tmp_path, monkeypatch, capsys):
+    """Its numbers: the KL of the samples' paths, 0 before and a lot after; and of each group of 16
+    the best (the mean of the best of 16 samples with 3 letters of two is 2.9 of 3 for a fair coin)."""
     asked = []
     monkeypatch.setattr(Absorbing, "is_small", lambda *_: False)
-    set_two(monkeypatch, lambda x: asked.append(len(x)) or (x == 1).all(1))
+    set_two(monkeypatch, lambda x: asked.extend(map(tuple, x.tolist())) or (x == 1).float().mean(1))
     run(tmp_path, "--iters=30", "--updates=8", "--lr=0.03", "--beta=0")
     printed = capsys.readouterr().out
-    assert "asks for 145 more rewards" in printed and sum(asked) == 2 + 30 * 8 + 145
+    assert "asks for up to 145 more rewards" in printed and len(asked) == len(set(asked)) <= 8
     assert "is the reward being exploited?" in printed
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["pre-trained"]["kl"] == pytest.approx(0, abs=1e-4)
+    assert 1 < report["fine-tuned"]["kl"] < 5 and report["fine-tuned"]["reward"] > 0.9
+    assert report["best of 16"]["reward"] > 0.85 > 0.75 > report["pre-trained"]["reward"]
 
 
 def test_samples_as_text_fasta_and_json(toy, capsys):
@@ -523,9 +717,34 @@ def test_samples_as_text_fasta_and_json(toy, capsys):
     sample.main([*arguments, "--format=jsonl"])
     objects = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [item["sample"] for item in objects] == [string for _, string in rows]
-    sample.main([*arguments, "--temperature=0.01", "--which=pretrained"])
-    cold = {line.split()[1] for line in capsys.readouterr().out.splitlines()}
-    assert len(cold) <= 5
+
+
+def test_a_low_temperature_draws_the_likeliest_letter(toy, tmp_path, capsys):
+    """A head that gives A an advantage of half a nat: exp(50) to 1 at temperature 0.01."""
+    shutil.copytree(toy[0], tmp_path / "run")
+    saved = torch.load(tmp_path / "run" / "finetuned.pt", weights_only=True)
+    saved["model"]["head.weight"].zero_()
+    saved["model"]["head.bias"] = torch.tensor([0.5, 0.0, 0.0, 0.0])
+    torch.save(saved, tmp_path / "run" / "finetuned.pt")
+    drawn = {}
+    for temperature in (0.01, 1):
+        sample.main([f"--run={tmp_path / 'run'}", "--n=20", f"--temperature={temperature}"])
+        drawn[temperature] = {row.split()[1] for row in capsys.readouterr().out.splitlines()}
+    assert drawn[0.01] == {"AAAAAA"} and len(drawn[1]) > 10
+
+
+def test_the_best_that_was_ever_asked(toy, capsys):
+    """Without what was asked to know the optimum."""
+    paid = paid_lines(toy[0])
+    found = {line["sample"]: line["reward"] for line in paid if line.get("stage") != "optimum"}
+    sample.main([f"--run={toy[0]}", "--best=5"])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert len({string for _, string in rows}) == 5
+    assert [float(reward) for reward, _ in rows] == pytest.approx(
+        sorted(found.values(), reverse=True)[:5], abs=1e-4)
+    assert all(found[string] == pytest.approx(float(reward), abs=1e-4) for reward, string in rows)
+    sample.main([f"--run={toy[0]}", "--best=3", "--format=fasta"])
+    assert capsys.readouterr().out.count(">sample_") == 3
 
 
 def test_prompts_comparison_movie_and_histogram(toy, tmp_path, capsys):
