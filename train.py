@@ -42,12 +42,12 @@ DEFAULTS = {                                        # that go with a task, proce
     "dna": dict(n_layer=1, n_embd=48, conv=25, pretrain_iters=1500, pretrain_lr=4e-3, steps=20,
                 iters=60, lr=3e-4, eval_every=5),
     "arithmetic": dict(n_layer=3, pretrain_iters=3000, pretrain_batch=256, pretrain_lr=1e-3,
-                       data_size=200_000, prompts=16, group=16, iters=30, replay=15, path_events=0,
-                       lr=3e-4, eval_every=2),
+                       data_size=200_000, prompts=64, group=4, iters=40, lr=2e-4, path_events=0,
+                       eval_every=2),
     "text": dict(n_layer=2, n_embd=96, conv=7, dropout=0.1, pretrain_iters=2500, pretrain_lr=3e-3,
                  data_size=100_000, group=64, iters=80, lr=2e-4, beta=0.01, eval_every=5),
     "uniform": dict(pretrain_iters=2000, pretrain_lr=1e-3, iters=300),
-    "loop": dict(advantage="loo", path_events=0),
+    "loop": dict(path_events=0),
     "reinforce": dict(advantage="running", path_events=0, replay=0, clip=math.inf),
     "wdce": dict(updates=16, replay=0),
     "ehrlich": dict(n_layer=2, n_embd=96, pretrain_iters=2000, group=64, iters=100, beta=0.002,
@@ -289,7 +289,7 @@ def roll_out(args, task, process, model, data, buffer):
     return path, given
 
 
-def recombine(tokens, weights, n, mask, shift=1):
+def recombine(tokens, weights, n, mask, shift=2):
     """n prompts made of remembered samples [m, L], which are chosen by their weights: one parent
     gives a segment, moved by up to `shift` slots, to another; then slots are masked, each with a
     chance that is drawn per row between 0.05 and 0.5, so that the policy fits the parts."""
@@ -316,15 +316,13 @@ def kept(args, buffer):
 
     Each counts once, however often it was drawn, so that weights ~ p_ref exp(R / beta) are those of
     p* among what was seen; --min_ess flattens them (sepo.wdce_weights)."""
-    rollouts = buffer[-args.keep:]
-    tokens = torch.cat([rollout.tokens for rollout in rollouts])
-    reward = torch.cat([rollout.reward.flatten() for rollout in rollouts])
-    log_ref = torch.cat([rollout.log_ref.flatten() for rollout in rollouts])
-    distinct, index = tokens.unique(dim=0, return_inverse=True)
-    row = torch.arange(len(tokens), device=tokens.device)
-    last = torch.zeros_like(distinct[:, 0]).scatter_reduce(0, index, row, "amax")
-    weights = sepo.wdce_weights(reward[last], -log_ref[last], args.beta, args.min_ess)
-    return tokens[last], weights
+    latest = {}
+    for rollout in buffer[-args.keep:]:
+        values = zip(rollout.reward.flatten().tolist(), rollout.log_ref.flatten().tolist())
+        latest |= zip(map(tuple, rollout.tokens.tolist()), values)
+    tokens = torch.tensor(list(latest), device=buffer[-1].tokens.device)
+    reward, log_ref = torch.tensor(list(latest.values()), device=tokens.device).T
+    return tokens, sepo.wdce_weights(reward, -log_ref, args.beta, args.min_ess)
 
 
 def draw_updates(args, process, model, path, buffer):
@@ -578,7 +576,7 @@ def get_parser():
         help="initial learning rate; decays linearly to 5%%")
     add("--path_events", type=count, default=4, help="events scored per path and update (0: all); "
         "prdp scores all, published none")
-    add("--advantage", choices=["grpo", "loo", "running"], default="grpo",
+    add("--advantage", choices=["grpo", "loo", "running"], default="loo",
         help="what a return is compared with: its group, the others of it, or a running mean")
     add("--clip", type=weight, default=0.1, help="clip of the ratio; prdp: of an event's log-ratio")
     add("--clip_mode", choices=["stop", "cap"], default="stop",

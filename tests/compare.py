@@ -1,9 +1,8 @@
 """Every comparison of the README and of RESULTS.md, each with one command: a table and a figure.
 
     python tests/compare.py defaults        # every task as it is: the table of the README
-    python tests/compare.py methods         # the toy: SEPO with both clips, LOOP, PRDP, REINFORCE
-    python tests/compare.py factorial       # the toy: events x updates x advantage
-    python tests/compare.py clips           # the toy: settings of the two clips
+    python tests/compare.py replay          # the toy: every method, with and without replay
+    python tests/compare.py ehrlich         # wdce with and without exploration, and sepo
     python tests/compare.py arithmetic      # every method on prompts never seen
     python tests/compare.py dna             # every method on the dna task
     python tests/compare.py beta            # dna: oracle and truth for several KL weights
@@ -26,35 +25,36 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-TOY = ["--task=toy", "--iters=157", "--eval_every=3", "--report_samples=0"]     # 20,096 rewards
-ARITHMETIC = ["--task=arithmetic", "--iters=60", "--eval_every=2", "--report_samples=0"]
+TOY = ["--task=toy", "--report_samples=0", "--eval_every=2"]
+ARITHMETIC = ["--task=arithmetic", "--report_samples=0"]
 DNA = ["--task=dna", "--report_samples=500"]
-LABELS = {"queries": "rewards asked", "kl": "KL of the paths, nats", "reward": "oracle"}
+EHRLICH = ["--task=ehrlich", "--report_samples=0", "--eval_every=2"]
+ONCE = ["--replay=0", "--group=128", "--iters=40"]              # every reward is used in one rollout
+ONCE_SEPO = [*ONCE, "--updates=16", "--path_events=1"]
+LABELS = {"queries": "rewards asked", "kl": "KL of the paths, nats", "reward": "oracle",
+          "mean": "mean reward of the rollout"}
 LOOP, PRDP, REINFORCE = ["--algo=loop"], ["--algo=prdp"], ["--algo=reinforce"]
+MARKS = (128, 256, 512, 1024, 2560, 5120)
 
 COMPARISONS = {             # name: (flags of all runs, the column to compare, {variant: its flags})
     "defaults": ([], "reward", {
-        task: [f"--task={task}"] for task in ("toy", "arithmetic", "dna", "text")}),
-    "methods": (TOY, "share_of_optimum", {
-        "sepo": [], "sepo, cap": ["--clip_mode=cap"], "loop": LOOP, "prdp": PRDP,
-        "reinforce": REINFORCE, "published": ["--algo=published"]}),
-    "factorial": (TOY, "share_of_optimum", {
-        f"{'1 event' if events else 'all events'}, {updates} updates, {advantage}":
-            [f"--path_events={events}", f"--updates={updates}", f"--advantage={advantage}"]
-        for events in (1, 0) for updates in (4, 16) for advantage in ("grpo", "loo")}),
-    "clips": (TOY, "share_of_optimum", {
-        f"{mode}, {clip}, {updates} updates":
-            [f"--clip_mode={mode}", f"--clip={clip}", f"--updates={updates}"]
-        for mode in ("stop", "cap") for clip in (0.1, 0.2) for updates in (4, 16)}),
+        task: [f"--task={task}"] for task in ("toy", "arithmetic", "dna", "text", "ehrlich")}),
+    "replay": (TOY, "share_of_optimum", {
+        "sepo": [], "loop": LOOP, "prdp": PRDP, "wdce": ["--algo=wdce"],
+        "sepo, no replay": ONCE_SEPO, "sepo, cap, no replay":
+            [*ONCE, "--updates=4", "--path_events=1", "--clip_mode=cap"],
+        "loop, no replay": [*ONCE, *LOOP, "--updates=8"],
+        "prdp, no replay": [*ONCE, *PRDP, "--updates=8"], "reinforce": [*ONCE, *REINFORCE]}),
     "arithmetic": (ARITHMETIC, "held_out_reward", {
-        "sepo": [], "sepo, cap": ["--clip_mode=cap"], "loop": LOOP, "prdp": PRDP,
-        "reinforce": REINFORCE}),
+        "sepo": [], "loop": LOOP, "prdp": PRDP,
+        "sepo, no replay": ["--replay=0", "--updates=8", "--path_events=1"]}),
     "dna": (DNA, "true activity", {
-        "sepo": [], "sepo, cap": ["--clip_mode=cap"],
-        "loop": [*LOOP, "--path_events=5", "--updates=4"], "prdp": [*PRDP, "--updates=2"],
-        "reinforce": [*REINFORCE, "--path_events=5"], "sepo, no KL": ["--beta=0"]}),
+        "sepo": [], "loop": LOOP, "prdp": PRDP, "reinforce": REINFORCE, "sepo, no KL": ["--beta=0"]}),
     "beta": (DNA, "true activity", {
         f"beta {beta}": [f"--beta={beta}"] for beta in (0, 0.03, 0.1, 0.3)}),
+    "ehrlich": (EHRLICH, "reward", {
+        "wdce, explore": [], "wdce": ["--explore=0"],
+        "sepo": ["--algo=sepo", "--explore=0", "--replay=7"]}),
 }
 
 
@@ -66,8 +66,12 @@ def train(folder, *flags):
     """One run in a process of its own, on one core, unless the folder holds it already."""
     if not (folder / "finetuned.pt").exists():
         command = [sys.executable, "train.py", f"--out={folder.resolve()}", "--overwrite", *flags]
-        subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        _, status, usage = os.wait4(process.pid, 0)
+        if status:
+            raise RuntimeError(" ".join(command))
+        (folder / "cpu_seconds").write_text(str(usage.ru_utime))
     return folder
 
 
@@ -86,7 +90,8 @@ def run(out, name, seed, key):
     folder = folder_of(out, name, seed)
     train(folder, *flags, f"--seed={seed}", f"--init={start}")
     lines = [json.loads(line) for line in open(folder / "metrics.jsonl")]
-    lines = [line for line in lines if key in line]
+    lines = [line for line in lines if key in line and line["phase"] == "finetune"]
+    lines[-1]["cpu"] = float((folder / "cpu_seconds").read_text())
     print(f"{out.name}: {name}, seed {seed}: {lines[-1][key]:.3f}", file=sys.stderr, flush=True)
     return lines
 
@@ -96,17 +101,22 @@ def span(values):
 
 
 def table(runs, key, marks):
-    """Markdown: the column at some numbers of rewards, and at the end for every seed."""
-    heads = [f"at {mark:,} rewards" for mark in marks] + ["at the end, every seed", "median"]
+    """Markdown: the column where so many rewards had been asked, at the end for every seed, and what
+    a run asked and took."""
+    heads = [f"at {mark:,}" for mark in marks]
+    heads += ["at the end, every seed", "median", "rewards", "CPU seconds"]
     rows = [f"| | {' | '.join(heads)} |", "|" + " --- |" * (len(heads) + 1)]
     for name, seeds in runs.items():
         cells = []
         for mark in marks:
-            last = [[line for line in lines if line["queries"] <= mark][-1] for lines in seeds]
-            cells.append(span([line[key] for line in last]))
+            last = [[line[key] for line in lines if line["queries"] <= mark] for lines in seeds]
+            is_past = all(lines[-1]["queries"] < 0.9 * mark for lines in seeds)
+            cells.append("" if is_past or not all(last) else span([found[-1] for found in last]))
         ends = [lines[-1][key] for lines in seeds]
         cells.append(", ".join(f"{end:.3f}" for end in ends))
         cells.append(f"{statistics.median(ends):.3f}")
+        cells.append(f"{statistics.median(lines[-1]['queries'] for lines in seeds):,.0f}")
+        cells.append(f"{statistics.median(lines[-1]['cpu'] for lines in seeds):.0f}")
         rows.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
@@ -134,7 +144,8 @@ def figure(runs, panels, file):
         axis.set_xlabel(f"{LABELS[x]} ({len(seeds)} seeds: {shown})")
         axis.set_ylabel(LABELS.get(y, y.replace("_", " ")))
         if y == "share_of_optimum":
-            axis.set_ylim(-0.3, 1.03)
+            axis.set_ylim(0, 1.03)
+            axis.set_xscale("log")
     axes[0, 0].legend(fontsize=8)
     drawing.tight_layout()
     drawing.savefig(file, dpi=110)
@@ -245,8 +256,7 @@ def main():
         runs = {name: [future.result() for future in futures] for name, futures in runs.items()}
     if args.what == "defaults":
         return print(task_table(out, names, seeds))
-    last = min(lines[-1]["queries"] for found in runs.values() for lines in found)
-    print(table(runs, key, [mark for mark in (5000, 10000, 20000) if mark <= last]))
+    print(table(runs, key, MARKS))
     if flags == DNA:
         print("\n" + report_table(out, names, seeds))
     panels = [("queries", key)]

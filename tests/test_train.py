@@ -225,7 +225,7 @@ def rollouts(out):
                      for key in ("reward", "kl")) for i in range(1, 3)}
 
 
-BIG = ["--iters=2", "--beta=0.3", "--lr=0.01"]          # so that the kl of rollout 2 is not 0
+BIG = ["--iters=2", "--updates=1", "--beta=0.3", "--lr=0.01"]          # so that the kl of rollout 2 is not 0
 
 
 @pytest.mark.parametrize("algo", ["sepo", "loop", "reinforce"])
@@ -235,7 +235,8 @@ def test_an_iteration_is_its_formulas_written_out(algo, tmp_path, monkeypatch):
     name = "sepo_loss" if algo == "sepo" else "loop_loss"
     losses, paths = captured(monkeypatch, sepo, name), captured(monkeypatch, train, "new_path")
     steps = captured(monkeypatch, train, "step")
-    run(tmp_path, f"--algo={algo}", "--replay=1", "--updates=1", "--path_events=1", *BIG)
+    kind = dict(sepo="grpo", loop="loo", reinforce="running")[algo]
+    run(tmp_path, f"--algo={algo}", "--replay=1", "--path_events=1", f"--advantage={kind}", *BIG)
     (R1, kl1), (R, kl) = rollouts(tmp_path).values()
     returns, first = R - 0.3 * kl, R1 - 0.3 * kl1
     assert kl1.abs().max() < 1e-5 and kl.abs().max() > 0.1
@@ -262,7 +263,7 @@ def test_an_iteration_is_its_formulas_written_out(algo, tmp_path, monkeypatch):
 def test_prdp_is_given_the_kl_of_its_paths(tmp_path, monkeypatch):
     set_two(monkeypatch, lambda x: (x == 1).float().mean(dim=1), "ACGT", 4)
     losses = captured(monkeypatch, sepo, "prdp_loss")
-    run(tmp_path, "--algo=prdp", "--updates=1", *BIG)
+    run(tmp_path, "--algo=prdp", *BIG)
     R, kl = rollouts(tmp_path)[2]
     _, _, _, rewards, given_kl, beta, clip, _, _ = losses[1]
     assert torch.allclose(rewards[0], R) and torch.allclose(given_kl[0].double(), kl) and beta == 0.3
