@@ -100,14 +100,14 @@ class Chain:
     def replay(self, model, path, chunk=None):
         """Log-probability under `model` of every transition of the path, shaped as path.logp, nats.
 
-        All visited states are known, so they are scored together, `chunk` states (default: B) per
-        forward pass. With gradients each pass is recomputed in the backward pass, so that the
-        memory of activations does not grow with the number of events."""
+        All visited states are known, so they are scored together, `chunk` states (default: B, but
+        at least 256) per forward pass. With gradients each pass is recomputed in the backward
+        pass, so that the memory of activations does not grow with the number of events."""
         def score(view):
             return pick(self.log_probs(model, view), view.y) * view.scored              # [n, k]
 
         total = path.zeros()
-        for view in path.views(chunk or len(path.tokens)):
+        for view in path.views(chunk or max(256, len(path.tokens))):
             logp = checkpoint(score, view, use_reentrant=False, preserve_rng_state=False)
             total = total.index_put(path.place(view), logp, accumulate=True)
         return total
@@ -444,7 +444,7 @@ class View:
 
     def split(self, size):
         """Micro-batches of at most `size` states (0: no limit). Their losses add up."""
-        size = size or len(self.row)
+        size = size or max(1, len(self.row))
         tensors = [getattr(self, field.name) for field in fields(self)]
         return [View(*(x if x is None else x[i:i + size] for x in tensors))
                 for i in range(0, len(self.row), size)]
@@ -452,7 +452,8 @@ class View:
 
 class Path:
     """What the paths of both chains offer: B rows, and in row b n_events[b] events, each with a
-    state before it. A chain's own kind of path adds view, place, state, zeros and by_event."""
+    state before it. A chain's own kind of path adds tokens, given, n_events, time, logp, view,
+    place, state, zeros and by_event."""
 
     @cached_property
     def visits(self):

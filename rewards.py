@@ -4,8 +4,8 @@ A task is made by a function of its length. To add one, write such a function an
 --data and --reward bring your own without a line of code here. Shapes: B sequences of L slots, V
 letters; token v is letter v of the alphabet.
 
-Reading order: what a task is; asking a reward; held-out data; the tasks toy, dna, arithmetic and
-text; the user's own files.
+Reading order: what a task is; asking a reward, and keeping the answers; held-out data; the tasks
+toy, dna, arithmetic, text and ehrlich; the user's own files.
 """
 import csv
 import gzip
@@ -88,7 +88,7 @@ class Task:
 
     def strings(self, tokens):
         """Tokens [B, L] -> B strings without the pads at their end; `read` is the inverse."""
-        return [string.rstrip(self.pad) if self.pad else string for string in self.decode(tokens)]
+        return [string.rstrip(self.pad or "\0") for string in self.decode(tokens)]
 
     def read(self, strings):
         """Whole strings, without pads at their end -> tokens [B, L]; raises BadInput."""
@@ -144,10 +144,10 @@ class Paid:
     """The file rewards.jsonl of a run: a line for every sample of every rollout, written as soon as
     the black box has answered. A sample that is in the file is not asked again.
 
-    {"iter": 3, "sample": "TCTCTC", "reward": 0.75, "kl": 1.31, "log_ref": -9.2}, with the prompt
-    where there is one; kl is log p(path)/p_ref(path) when the sample was drawn, nats. Samples that
-    belong to no rollout have a "stage" (check, optimum, evaluation, report); those of other
-    processes than the first have their "rank", and a process knows only its own."""
+    {"iter": 3, "sample": "TCTCTC", "reward": 0.75, "kl": 1.31}, with the prompt where there is one
+    and the kl of `Rollout`. Samples that belong to no rollout have a "stage" (check, optimum,
+    evaluation, report ...); those of other processes than the first have their "rank", and a
+    process knows only its own."""
 
     def __init__(self, file, rank=0):
         self.file, self.rank = file, rank
@@ -160,7 +160,7 @@ class Paid:
                 self.old[line.get("iter"), line.get("stage")].append(line)
 
     def ask(self, task, tokens, iter=None, stage=None, **columns):
-        """The reward of tokens [B, L] -> float64 [B]. columns: tensors [B] to be noted beside it."""
+        """The reward of tokens [B, L] -> float64 [B]. columns: tensors [B] to be noted with it."""
         strings = task.strings(tokens)
         new = {s: i for i, s in enumerate(strings) if s not in self.reward_of}
         if new:
@@ -168,7 +168,7 @@ class Paid:
             self.reward_of |= zip(new, answers)
         rewards = [self.reward_of[string] for string in strings]
         old = [line["sample"] for line in self.old.pop((iter, stage), [])]
-        if old != strings:              # else the run was killed after it had written these lines
+        if old[-len(strings):] != strings:      # else it was killed after it had written these
             where = dict(iter=iter, stage=stage, rank=self.rank or None)
             where = {name: value for name, value in where.items() if value is not None}
             columns = {name: column.tolist() for name, column in columns.items()}
@@ -184,13 +184,15 @@ class Paid:
         return torch.tensor(rewards, dtype=torch.double, device=tokens.device)
 
     def count(self, strings, rewards):
-        """len(seen) is the number of rewards that rollouts had to ask."""
+        """len(seen) is the number of distinct samples in the rollouts."""
         self.seen.update(strings)
         self.best = max(self.best, *rewards)
 
     def recall(self, task, iter, group, size):
         """The rollout of an iteration before the run was resumed, `group` samples per prompt."""
-        lines = self.old.pop((iter, None))[-size:]
+        lines = self.old.pop((iter, None), [])[-size:]
+        if len(lines) < size:
+            raise BadInput(f"{self.file} lacks rewards of iteration {iter}: it cannot be resumed")
         rollout = rollout_of(task, lines, group)
         self.count([line["sample"] for line in lines], rollout.reward.flatten().tolist())
         return rollout
@@ -211,27 +213,28 @@ class Rollout:
     tokens: torch.Tensor                # [P * G, L]
     given: torch.Tensor                 # [P * G, L] the slots of the prompt
     reward: torch.Tensor                # [P, G]     float64
-    log_ref: torch.Tensor               # [P, G]     log p_ref(path) of the path drawn, nats
-
+    kl: torch.Tensor                    # [P, G]     log p(path)/p_ref(path) of the policy of that
+                                        #            time, nats; 0 where the reference drew them
 
 def rollout_of(task, lines, group):
     """Lines of a rewards.jsonl -> Rollout, `group` samples for each prompt."""
     tokens = task.read([line["sample"] for line in lines])
     reward = torch.tensor([float(line["reward"]) for line in lines], dtype=torch.double)
-    log_ref = torch.tensor([line.get("log_ref", 0.0) for line in lines])
+    kl = torch.tensor([line.get("kl", 0.0) for line in lines])
     given = task.given(tokens) if task.given else torch.zeros_like(tokens, dtype=torch.bool)
-    return Rollout(tokens, given, reward.view(-1, group), log_ref.view(-1, group))
+    return Rollout(tokens, given, reward.view(-1, group), kl.view(-1, group))
 
 
-def read_known(task, file):
+def read_known(task, file, group):
     """--known=FILE: a rewards.jsonl, or CSV or TSV with columns `sample` and `reward` -> Rollouts
-    of one prompt each. Raises BadInput with file and row for what does not fit."""
+    of one prompt and at most `group` samples each, as if the reference had drawn them; a sample
+    alone teaches nothing and is left out. Raises BadInput for what does not fit, with file, row."""
     try:
         text = Path(file).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"--known={file} cannot be read: {error}") from None
-    if text.startswith("{"):
-        lines = list(whole_lines(text))
+    if text.lstrip().startswith("{"):
+        lines = [line for line in whole_lines(text) if line.get("stage") != "optimum"]
     else:
         delimiter = "\t" if "\t" in text.partition("\n")[0] else ","
         lines = list(csv.DictReader(text.splitlines(), delimiter=delimiter))
@@ -248,7 +251,8 @@ def read_known(task, file):
             raise BadInput(f"--known={file}, row {i}: the reward is {value}")
         prompt = task.decode(task.prompts(x))[0] if task.given else ""
         groups[prompt].append(dict(sample=line["sample"], reward=value))
-    return [rollout_of(task, group, len(group)) for group in groups.values()]
+    parts = [lines[i:i + group] for lines in groups.values() for i in range(0, len(lines), group)]
+    return [rollout_of(task, part, len(part)) for part in parts if len(part) > 1]
 
 # -----------------------------------------------------------------------------
 # held-out data
@@ -536,17 +540,19 @@ def text(length=48):
 # -----------------------------------------------------------------------------
 # ehrlich: a hard search with a known optimum (Ehrlich functions; Stanton et al., 2407.00236)
 
-def ehrlich(length=32, letters="ACDEFGHIKLMNPQRSTVWY", motifs=4, size=4, banned=3):
+def ehrlich(length=32):
     """Sequences in which some letters never follow others; the reward of all that are feasible is
     the product over motifs of the largest share of the motif's letters that stand at its distances
     somewhere; the best is 1. What it teaches: the pre-trained model knows what is feasible, and
     the black box what is good."""
+    letters, motifs, size, banned = "ACDEFGHIKLMNPQRSTVWY", 4, 4, 3
     if length < motifs * size:
         raise BadInput(f"--length={length}: the motifs of ehrlich need {motifs * size} slots")
     V, generator = len(letters), torch.Generator().manual_seed(0)
     order = torch.rand(V, V, generator=generator).fill_diagonal_(2).argsort(dim=1)
     is_banned = torch.zeros(V, V, dtype=torch.bool).scatter(1, order[:, :banned], True)
     step = (2 * torch.randn(V, V, generator=generator)).masked_fill(is_banned, -math.inf)
+    is_banned = F.pad(is_banned, (0, 1, 0, 1))          # a pad may stand anywhere
     step = step.softmax(dim=1)
     # one chain of all motifs, so that all of them fit into one feasible sequence
     wanted = markov_chain(step, 1, motifs * size, generator).view(motifs, size)

@@ -55,7 +55,7 @@ def get_parser():
     add("--which", choices=["finetuned", "pretrained"], default="finetuned", help="which model")
     add("--compare", action="store_true", help="both models, side by side")
     add("--best", type=number(int, 0), default=0,
-        help="in place of new samples: so many of the best that the run ever asked")
+        help="in place of new samples: the N best that the run has asked a reward for")
     add("--n", type=number(int, 1), default=10, help="number of samples")
     add("--steps", type=number(int, -1), default=-1,
         help="steps of the time grid (0: the process's default; -1: the run's)")
@@ -125,10 +125,11 @@ def draw(args, file):
 
 
 def best_asked(file, n):
-    """The n best distinct samples of a rewards.jsonl -> strings, rewards. Those that were asked to
-    know the exact optimum were not found by the run."""
-    lines = [line for line in whole_lines(file.read_text()) if line.get("stage") != "optimum"]
+    """The n best distinct samples in the rollouts of a rewards.jsonl -> strings, rewards."""
+    lines = [line for line in whole_lines(file.read_text()) if "stage" not in line]
     reward_of = {line["sample"]: line["reward"] for line in lines}
+    if not reward_of:
+        raise BadInput(f"{file} holds no rollout yet")
     ranked = sorted(reward_of, key=reward_of.get, reverse=True)[:n]
     return ranked, [reward_of[sample] for sample in ranked]
 
@@ -208,7 +209,7 @@ def report(args, task, process, exact, reference, model, paid):
     rows = {}
 
     def add(name, tokens, kl):
-        reward = paid.ask(task, tokens, stage="report").mean().item()
+        reward = paid.ask(task, tokens, stage=f"report {name}").mean().item()
         row = dict(reward=reward, kl=kl) | diversity(tokens, task.vocab_size) | task.measure(tokens)
         if exact and name == "fine-tuned":
             row.update(exact(model))
@@ -223,7 +224,7 @@ def report(args, task, process, exact, reference, model, paid):
     if prompts is not None:
         prompts = prompts[:few].repeat_interleave(k, dim=0)
     many = process.sample(reference, few * k, task.length, args.steps, prompts).tokens
-    best = paid.ask(task, many, stage="report").view(few, k).argmax(dim=1)
+    best = paid.ask(task, many, stage="report 16").view(few, k).argmax(dim=1)
     best = many.view(few, k, -1)[torch.arange(few), best]
     add("best of 16", best, math.log(k) - (k - 1) / k)  # its KL is at most this
 

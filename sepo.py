@@ -1,4 +1,4 @@
-"""Policy optimization on sampled paths of a discrete diffusion model: SEPO, LOOP, PRDP.
+"""Policy optimization on paths of a discrete diffusion model: SEPO, LOOP, PRDP, WDCE.
 
 SEPO (Score Entropy Policy Optimization, 2502.01384) is a policy gradient for models that are known
 through their concrete score s(x)_y = p(y) / p(x). With advantages A of the samples x,
@@ -18,7 +18,14 @@ A path has B = P * G samples, G for each of P prompts. The objective is J = E[R]
 p_ref), with the KL of paths in nats. Losses take (process, model, view, advantages), change
 nothing, and return (loss, clip_fraction). Only `published_loss` knows a chain: it needs masks.
 
-Reading order: what a sample is worth; SEPO; LOOP and PRDP; SEPO as published; the exact optimum.
+Off policy, too: let d = beta log p_theta(path)/p_ref(path) - R. For any distribution q over paths,
+    grad Var_q(d) / (2 beta) = -E_q[A grad log p_theta(path)],   A = -d + E_q[d]
+(VarGrad, 2010.10436; trajectory balance, 2201.13259). For q = p_theta it is the gradient of -J; for
+q = new paths to remembered samples it still has its only zero at p* ~ p_ref exp(R / beta). So a
+rollout can be learned from again and again, with the same losses and no importance weights.
+
+Reading order: what a sample is worth; SEPO; LOOP and PRDP; weighted denoising; SEPO as published;
+the exact optimum.
 """
 from dataclasses import dataclass, replace
 
@@ -220,7 +227,10 @@ def wdce_loss(process, model, tokens, given, weights):
 
     With the weights of p* its expectation is a bound on the cross-entropy -E_p*[log p_theta(x)], so
     that it minimizes KL(p* || p_theta). Every update scores all masked slots of one noised state
-    per sample [n, L], and weights [n] are positive, so that the bound tightens."""
+    per sample [n, L], and weights [n] are positive, so that the bound tightens. As far as their
+    abstracts tell, TR2-D2 fills the buffer by tree search, MDNS with samples of the policy, and
+    DMPO (2510.08233) subtracts a baseline from the weights; here the buffer is all that was paid
+    for, and min_ess tempers the weights."""
     loss = (weights * process.losses(model, tokens, given)).sum()
     return loss, torch.zeros_like(loss)
 

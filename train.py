@@ -6,7 +6,8 @@
     torchrun --nproc_per_node=4 train.py --task=dna --prompts=4
 
 A run writes to out/<task>: config.json, metrics.jsonl, curve.png, report.json, pretrained.pt,
-finetuned.pt, and last.pt, the checkpoint that --resume continues from.
+finetuned.pt, rewards.jsonl, which keeps every reward that was asked, and last.pt, the checkpoint
+that --resume continues from.
 """
 import argparse
 import json
@@ -28,7 +29,7 @@ from tqdm import tqdm
 
 import sample
 import sepo
-from diffusion import CHAINS
+from diffusion import CHAINS, device_of
 from model import Config, Denoiser
 from rewards import (TASKS, BadInput, Paid, Rollout, ask, open_task, read_known)
 from sample import HelpFormatter, number
@@ -38,20 +39,21 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 MASTER = RANK == 0                                  # the process that logs, saves and reports
 
 DEFAULTS = {                                        # that go with a task, process or method
-    "toy": dict(n_layer=2, n_embd=64, iters=64, replay=15, path_events=0, eval_every=4),
+    "toy": dict(n_layer=2, n_embd=64, iters=80, replay=15, path_events=0, eval_every=4),
     "dna": dict(n_layer=1, n_embd=48, conv=25, pretrain_iters=1500, pretrain_lr=4e-3, steps=20,
                 iters=60, lr=3e-4, eval_every=5),
     "arithmetic": dict(n_layer=3, pretrain_iters=3000, pretrain_batch=256, pretrain_lr=1e-3,
                        data_size=200_000, prompts=64, group=4, iters=40, lr=2e-4, path_events=0,
                        eval_every=2),
     "text": dict(n_layer=2, n_embd=96, conv=7, dropout=0.1, pretrain_iters=2500, pretrain_lr=3e-3,
-                 data_size=100_000, group=64, iters=80, lr=2e-4, beta=0.01, eval_every=5),
+                 data_size=100_000, group=64, iters=80, beta=0.01, algo="wdce", explore=0.5,
+                 eval_every=5),
+    "ehrlich": dict(n_layer=2, n_embd=96, pretrain_iters=2000, group=64, iters=100, beta=0.002,
+                    algo="wdce", explore=0.5, eval_every=5),
     "uniform": dict(pretrain_iters=2000, pretrain_lr=1e-3, iters=300),
     "loop": dict(path_events=0),
     "reinforce": dict(advantage="running", path_events=0, replay=0, clip=math.inf),
     "wdce": dict(updates=16, replay=0),
-    "ehrlich": dict(n_layer=2, n_embd=96, pretrain_iters=2000, group=64, iters=100, beta=0.002,
-                    algo="wdce", explore=0.5, eval_every=5),
     "published": dict(updates=4, replay=0),
 }
 
@@ -99,12 +101,15 @@ def run(args):
               f"asks for {n_rewards:,} rewards, besides evaluations; {device}; "
               f"results in {args.out}",
               file=sys.stderr)
+    known = read_known(task, args.known, args.group) if args.known else []
     two = data[:2].unique(dim=0)
     checked = [] if args.resume else ask(task, two).tolist()        # an error costs less than later
     open_out_dir(args)
     paid = Paid(args.out / "rewards.jsonl", RANK)
     paid.reward_of |= zip(task.strings(two), checked)
     paid.ask(task, two, stage="check")
+    for rollout in known:                               # nor is what is known already
+        paid.reward_of |= zip(task.strings(rollout.tokens), rollout.reward.flatten().tolist())
     if not source:
         pretrain(args, task, process, model, data)
     save_model(args, task, model, "pretrained.pt")
@@ -117,7 +122,7 @@ def run(args):
         reward = partial(paid.ask, task, stage="optimum")
         exact = sepo.ground_truth(process, reference, reward, task.length, args.beta, args.steps)
     try:
-        finetune(args, task, process, model, reference, data, exact, paid)
+        finetune(args, task, process, model, reference, data, exact, paid, known)
     except KeyboardInterrupt:                           # what was learnt can be looked at
         save_model(args, task, model, "finetuned.pt")
         raise
@@ -171,7 +176,7 @@ def pretrain(args, task, process, model, data):
         end_iteration(args, task, "pretrain", i, args.pretrain_iters, state)
 
 
-def finetune(args, task, process, model, reference, data, exact, paid):
+def finetune(args, task, process, model, reference, data, exact, paid, known):
     """Roll out, ask for rewards, learn from the new samples and from remembered ones; repeat."""
     optimizer, baseline = adamw(model, weight_decay=0.0), sepo.Baseline()
     P, G = args.prompts // WORLD_SIZE, args.group
@@ -179,31 +184,32 @@ def finetune(args, task, process, model, reference, data, exact, paid):
     first = restore(args, "finetune", state)
     loss_of = dict(loop=sepo.loop_loss, reinforce=sepo.loop_loss, published=sepo.published_loss,
                    sepo=partial(sepo.sepo_loss, clip_mode=args.clip_mode)).get(args.algo)
-    buffer = remembered(args, task, process, reference, paid, first)
+    buffer = known[RANK::WORLD_SIZE] + [paid.recall(task, i, G, P * G) for i in range(1, first + 1)]
+    buffer = [Rollout(*(x.to(data.device) for x in vars(old).values())) for old in buffer]
     bar = progress("finetune", first, args.iters)
     for i in bar:
         seed_everything(args, 1, i)
 
         # 1. roll out the current policy: G samples for each of P prompts
         path, given = roll_out(args, task, process, model, data, buffer)
-        kl = process.path_kl(reference, path, args.micro_batch)             # [P * G] nats
-        log_ref = path.logp.flatten(1).sum(dim=1) - kl
+        new_kl = process.path_kl(reference, path, args.micro_batch)         # [P * G] nats
 
         # 2. ask the black box, and remember what it said
-        reward = paid.ask(task, path.tokens, iter=i + 1, kl=kl, log_ref=log_ref).view(P, G)
-        kl = new_kl = kl.view(P, G)
-        buffer.append(Rollout(path.tokens, given, reward, log_ref.view(P, G)))
+        reward = paid.ask(task, path.tokens, iter=i + 1, kl=new_kl).view(P, G)
+        new = Rollout(path.tokens, given, reward, new_kl.view(P, G))
+        buffer.append(new)
         if MASTER and i == 0:
             advise(args, reward)
 
-        clipped, norms = [], []
+        kl, clipped, norms = new_kl, [], []
         for k in range(1 + args.replay):
             if k > 0:                                   # a remembered rollout, along new paths
                 old = random.choice(buffer)
                 path, reward = new_path(args, process, model, old.tokens, old.given), old.reward
-                kl = process.path_kl(reference, path, args.micro_batch).view_as(reward)
+                kl = process.path_kl(reference, path, args.micro_batch)
 
             # 3. what is each sample worth? its reward, minus beta times the KL that its path cost
+            kl = kl.view_as(reward)                                         # [P, G] nats
             returns = reward - args.beta * kl
             variance = sepo.reward_scale(reward, args.advantage, args.beta).square()
             scale = average_(variance).sqrt()           # pooled over the processes
@@ -225,17 +231,16 @@ def finetune(args, task, process, model, reference, data, exact, paid):
                 norms.append(step(model, optimizer, args.lr * decay(i, args.iters)))
 
         # 5. log, draw, save
-        reward, kl = buffer[-1].reward, new_kl
-        mean = average_(reward.mean())
-        baseline.update(average_((reward - args.beta * kl).mean()))
-        metrics = average(dict(reward=mean, reward_std=(reward - mean).square().mean(),
-                               kl=kl.mean(), clip_fraction=sum(clipped) / len(norms),
+        mean = average_(new.reward.mean())
+        baseline.update(mean - args.beta * average_(new_kl.mean()))
+        metrics = average(dict(reward=mean, reward_std=(new.reward - mean).square().mean(),
+                               kl=new_kl.mean(), clip_fraction=sum(clipped) / len(norms),
                                grad_norm=torch.stack(norms).mean(),
                                queries=mean.new_tensor(WORLD_SIZE * len(paid.seen))))
         metrics["reward_std"] **= 0.5                   # of all processes: a variance until here
         metrics["best"] = largest(mean.new_tensor(paid.best))
         if MASTER and ((i + 1) % args.eval_every == 0 or i + 1 == args.iters):
-            metrics |= sample.evaluate(args, task, process, exact, model, path.tokens, paid, i + 1)
+            metrics |= sample.evaluate(args, task, process, exact, model, new.tokens, paid, i + 1)
         log(args, bar, phase="finetune", iter=i + 1, **metrics)
         if MASTER and (i + 1) % 25 == 0:
             sample.plot_curve(args.out)
@@ -252,19 +257,6 @@ def advise(args, reward):
         print(f"warning: the rewards of the first rollout spread by {spread:.3g}, and one nat of "
               f"KL costs --beta={args.beta:g}: try {spread / 10:.2g} to {spread / 2:.2g}",
               file=sys.stderr)
-
-
-def remembered(args, task, process, reference, paid, n):
-    """The rollouts of --known, and those of the first n iterations as rewards.jsonl has them."""
-    seed_everything(args, 3, 0)
-    known = read_known(task, args.known)[RANK::WORLD_SIZE] if args.known else []
-    for rollout in known:
-        path = process.path_to(rollout.tokens, rollout.given, args.steps)
-        log_ref = process.replay(reference, path, args.micro_batch).flatten(1).sum(dim=1)
-        rollout.log_ref.copy_(log_ref.view_as(rollout.reward))
-    size = args.prompts // WORLD_SIZE * args.group
-    own = [paid.recall(task, i, args.group, size) for i in range(1, n + 1)]
-    return known + own
 
 
 def roll_out(args, task, process, model, data, buffer):
@@ -306,23 +298,23 @@ def recombine(tokens, weights, n, mask, shift=2):
 
 @torch.no_grad()
 def new_path(args, process, model, tokens, given):
-    """A path of the forward process from tokens [B, L], as the current policy scores it."""
+    """A path of the forward process from tokens [B, L], read backwards, with the model's logp."""
     path = process.path_to(tokens, given, args.steps)
     return replace(path, logp=process.replay(model, path, args.micro_batch))
 
 
 def kept(args, buffer):
-    """The distinct samples of the last --keep rollouts -> tokens [n, L], weights [n].
+    """The distinct samples of the last --keep rollouts -> tokens [n, L], wdce_weights [n].
 
-    Each counts once, however often it was drawn, so that weights ~ p_ref exp(R / beta) are those of
-    p* among what was seen; --min_ess flattens them (sepo.wdce_weights)."""
+    Each counts once, however often it was drawn, with its latest kl. That biases the weights away
+    from p*, towards what the policy of that time seldom drew, and so keeps the search alive."""
     latest = {}
     for rollout in buffer[-args.keep:]:
-        values = zip(rollout.reward.flatten().tolist(), rollout.log_ref.flatten().tolist())
+        values = zip(rollout.reward.flatten().tolist(), rollout.kl.flatten().tolist())
         latest |= zip(map(tuple, rollout.tokens.tolist()), values)
     tokens = torch.tensor(list(latest), device=buffer[-1].tokens.device)
-    reward, log_ref = torch.tensor(list(latest.values()), device=tokens.device).T
-    return tokens, sepo.wdce_weights(reward, -log_ref, args.beta, args.min_ess)
+    reward, kl = torch.tensor(list(latest.values()), dtype=torch.double).to(tokens.device).T
+    return tokens, sepo.wdce_weights(reward, kl, args.beta, args.min_ess)
 
 
 def draw_updates(args, process, model, path, buffer):
@@ -336,7 +328,8 @@ def draw_updates(args, process, model, path, buffer):
         tokens, weights = kept(args, buffer)
         n = args.prompts * args.group // WORLD_SIZE
         rows = torch.multinomial(weights, args.updates * n, replacement=True).split(n)
-        even, none_given = torch.full_like(weights[rows[0]], 1 / n), tokens[rows[0]] < 0
+        even = torch.full((n,), 1 / n, device=tokens.device)
+        none_given = torch.zeros_like(tokens[rows[0]], dtype=torch.bool)
         return [[(tokens[row], none_given, even)] for row in rows]
     n_views = args.updates if args.path_events else 1       # all events: the same ones every time
     views = [sepo.draw_view(process, model, path, args.path_events) for _ in range(n_views)]
@@ -448,9 +441,13 @@ def open_out_dir(args):
     """Start with a new folder, but for --resume."""
     if MASTER and not args.resume:
         args.out.mkdir(parents=True, exist_ok=True)
-        if (args.out / "rewards.jsonl").exists():       # paid for: even --overwrite keeps them
-            os.replace(args.out / "rewards.jsonl", args.out / "rewards.old.jsonl")
-        for name in ("pretrained.pt", "finetuned.pt", "last.pt", "report.json", "curve.png"):
+        paid = args.out / "rewards.jsonl"               # was paid for: --overwrite keeps it, too
+        if paid.exists():
+            with open(args.out / "rewards.old.jsonl", "a") as old:
+                old.write(paid.read_text())
+            paid.unlink()
+        for name in ("config.json", "pretrained.pt", "finetuned.pt", "last.pt", "report.json",
+                     "curve.png"):
             (args.out / name).unlink(missing_ok=True)
         (args.out / "metrics.jsonl").write_text("")
         writing = args.out / "config.part"
@@ -483,6 +480,8 @@ def end_iteration(args, task, phase, i, total, state):
     last = args.out / "last.pt"
     is_due = not last.exists() or time.time() - last.stat().st_mtime >= args.save_every
     if MASTER and (is_due or i + 1 == total):
+        if not all(p.isfinite().all() for p in state["model"].parameters()):
+            raise BadInput("weights are not finite: try a smaller learning rate; last.pt is good")
         log_size = (args.out / "metrics.jsonl").stat().st_size
         parts = {name: part.state_dict() for name, part in state.items()}
         save(last, dict(phase=phase, iter=i + 1, log_size=log_size, **parts))
@@ -541,7 +540,7 @@ def get_parser():
         help="of matrix products; auto: bfloat16 on cuda")
     add("--compile", action="store_true", help="torch.compile the transformer blocks")
     add("--micro_batch", type=count, default=0,
-        help="states per backward pass (0: all; loop and prdp: one per sample)")
+        help="states per pass, to bound the memory (0: all of an update's)")
 
     add = parser.add_argument_group("model").add_argument
     add("--process", choices=list(CHAINS), default="absorb", help="noise: masks or random letters")
@@ -575,7 +574,7 @@ def get_parser():
     add("--lr", "--learning_rate", type=weight, default=1e-3,
         help="initial learning rate; decays linearly to 5%%")
     add("--path_events", type=count, default=4, help="events scored per path and update (0: all); "
-        "prdp scores all, published none")
+        "for sepo, loop and reinforce")
     add("--advantage", choices=["grpo", "loo", "running"], default="loo",
         help="what a return is compared with: its group, the others of it, or a running mean")
     add("--clip", type=weight, default=0.1, help="clip of the ratio; prdp: of an event's log-ratio")
@@ -587,11 +586,11 @@ def get_parser():
         "one, each along new paths; costs no reward")
     add("--known", type=os.path.abspath, help="samples with known rewards to learn from: CSV or "
         "TSV with columns sample and reward, or the rewards.jsonl of another run")
-    add("--keep", type=positive, default=1000, help="wdce, explore: choose from the last rollouts")
+    add("--keep", type=positive, default=1000, help="wdce, explore: so many last rollouts")
     add("--min_ess", type=weight, default=32.0,
         help="wdce, explore: the effective sample size that flattens their weights")
-    add("--explore", type=number(float, 0, 1), default=0.0, help="share of each rollout that are "
-        "good samples remembered and drawn anew in part")
+    add("--explore", type=number(float, 0, 1), default=0.0, help="share of each rollout that is "
+        "recombined from good samples of the past and partly drawn anew")
 
     add = parser.add_argument_group("evaluation").add_argument
     add("--eval_every", type=positive, default=10, help="rollouts between evaluations")
@@ -639,8 +638,10 @@ def check_combinations(parser, args):
          "--algo=wdce and --explore need --beta above 0"),
         (args.algo == "wdce" and args.replay, "--algo=wdce has no --replay: it learns from all"),
         (args.algo != "sepo" and args.clip_mode != "stop", "--clip_mode is for --algo=sepo"),
-        (args.algo == "published" and (args.process == "uniform" or args.micro_batch),
-         "--algo=published needs --process=absorb, and has no --micro_batch"),
+        (args.algo == "published" and args.process == "uniform",
+         "--algo=published needs --process=absorb"),
+        (args.algo in ("published", "wdce") and args.micro_batch,
+         f"--algo={args.algo} has no --micro_batch"),
     ]:
         if wrong:
             parser.error(message)

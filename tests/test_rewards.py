@@ -161,14 +161,14 @@ def test_the_buffer_is_rebuilt_from_the_file(tmp_path):
     task, asked = counting_task("AC-", 5, pad="-", given=lambda x: (torch.arange(5) < 2).expand_as(x))
     x = torch.randint(3, (6, 5), generator=torch.Generator().manual_seed(0))
     x[0] = torch.tensor([1, 0, 2, 2, 2])
-    log_ref = torch.randn(6)
+    kl = torch.randn(6)
     paid = rewards.Paid(tmp_path / "rewards.jsonl")
-    reward = paid.ask(task, x, iter=4, log_ref=log_ref)
+    reward = paid.ask(task, x, iter=4, kl=kl)
     assert '"sample": "CA", "reward": 1.0, "prompt": "CA___"' in (tmp_path / "rewards.jsonl").read_text()
     again = rewards.Paid(tmp_path / "rewards.jsonl")
     rollout = again.recall(task, 4, group=3, size=6)
     assert torch.equal(rollout.tokens, x) and torch.equal(rollout.reward, reward.view(2, 3))
-    assert torch.equal(rollout.log_ref, log_ref.view(2, 3)) and torch.equal(rollout.given, task.given(x))
+    assert torch.equal(rollout.kl, kl.view(2, 3)) and torch.equal(rollout.given, task.given(x))
     assert again.seen == paid.seen and again.best == paid.best
 
 
@@ -196,21 +196,23 @@ def test_another_machine_that_draws_other_samples_keeps_what_was_paid(tmp_path):
 
 @pytest.mark.parametrize("text", [
     'sample,reward\nAAC,1.5\nCCC,-2\n', 'reward\tname\tsample\n1.5\tx\tAAC\n-2\ty\tCCC\n',
-    '{"iter": 1, "sample": "AAC", "reward": 1.5, "kl": 9}\n{"sample": "CCC", "reward": -2}\n{"sa'])
+    '\n{"iter": 1, "sample": "AAC", "reward": 1.5}\n{"sample": "CCC", "reward": -2}\n{"sa',
+    '{"stage": "optimum", "sample": "CAC", "reward": 9}\n{"sample": "AAC", "reward": 1.5}\n'
+    '{"sample": "CCC", "reward": -2}'])
 def test_known_rewards_come_from_tables_and_from_other_runs(text, tmp_path):
     task, asked = counting_task()
     (tmp_path / "known.txt").write_text(text)
-    rollout, = rewards.read_known(task, str(tmp_path / "known.txt"))
+    rollout, = rewards.read_known(task, str(tmp_path / "known.txt"), 9)
     assert task.decode(rollout.tokens) == ["AAC", "CCC"] and not asked
-    assert rollout.reward.tolist() == [[1.5, -2]]
+    assert rollout.reward.tolist() == [[1.5, -2]] and rollout.kl.tolist() == [[0, 0]]
 
 
 def test_known_rewards_of_one_prompt_stay_together(tmp_path):
     task, _ = counting_task(given=lambda x: (torch.arange(3) < 1).expand_as(x))
-    (tmp_path / "known.csv").write_text("sample,reward\nAAC,1\nCCC,2\nACC,3\n")
-    one, two = rewards.read_known(task, str(tmp_path / "known.csv"))
-    assert task.decode(one.tokens) == ["AAC", "ACC"] and two.reward.tolist() == [[2]]
-    assert one.given.tolist() == [[True, False, False]] * 2
+    (tmp_path / "known.csv").write_text("sample,reward\nAAC,1\nCCC,2\nACC,3\nAAA,4\nACA,5\n")
+    one, two = rewards.read_known(task, str(tmp_path / "known.csv"), 2)
+    assert task.decode(one.tokens) == ["AAC", "ACC"] and two.reward.tolist() == [[4, 5]]
+    assert one.given.tolist() == [[True, False, False]] * 2     # CCC is alone with its prompt
 
 
 @pytest.mark.parametrize("text, message", [
@@ -225,7 +227,7 @@ def test_known_rewards_that_do_not_fit_get_a_line(text, message, tmp_path):
     if text is not None:
         (tmp_path / "known.csv").write_text(text)
     with pytest.raises(BadInput, match=message) as error:
-        rewards.read_known(counting_task()[0], str(tmp_path / "known.csv"))
+        rewards.read_known(counting_task()[0], str(tmp_path / "known.csv"), 9)
     assert "\n" not in str(error.value)
 
 # -----------------------------------------------------------------------------

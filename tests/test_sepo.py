@@ -341,13 +341,14 @@ def test_loop_clips_a_transition_and_sepo_a_slot():
 
 
 def test_clip_fractions_of_unequal_parts_add_up():
-    """Five states of which the first two are clipped: 0.4, also as parts of four and one."""
-    process, model = Absorbing(2), Table(2, 1, torch.zeros(3, 1, 2))
-    path = process.sample(model, 5, 1)
-    path = replace(path, logp=path.logp - torch.tensor([[1.0], [1.0], [0], [0], [0]]))
+    """Two events in each of five paths; both are clipped in the first two paths: 4 of 10 states. The
+    states are listed event by event, so parts of seven and three have 2 + 2 and 0 of them."""
+    process, model = Absorbing(2), Table(2, 2, torch.zeros(9, 2, 2))
+    path = process.sample(model, 5, 2)
+    path = replace(path, logp=path.logp - torch.tensor([1.0, 1.0, 0, 0, 0])[:, None])
     for loss_of in (sepo.sepo_loss, sepo.loop_loss):
         view = sepo.draw_view(process, model, path, events=0)
-        parts = [loss_of(process, model, part, torch.ones(5)) for part in view.split(4)]
+        parts = [loss_of(process, model, part, torch.ones(5)) for part in view.split(7)]
         assert [round(f.item(), 5) for _, f in parts] == [0.4, 0]
         assert loss_of(process, model, view, torch.ones(5))[1].item() == pytest.approx(0.4)
 

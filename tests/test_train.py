@@ -308,7 +308,7 @@ def test_prompts_are_not_noised_in_pre_training(tmp_path, monkeypatch):
 
 
 def test_known_rewards_are_learned_from_before_anything_is_asked(tmp_path, monkeypatch):
-    """Twenty sequences from a table: the first remembered rollout is this one; no row is lost."""
+    """Twenty sequences from a table, in remembered rollouts of four."""
     monkeypatch.setattr(Absorbing, "is_small", lambda *_: False)
     set_two(monkeypatch, lambda x: (x == 1).float().mean(dim=1), "ACGT", 6)
     rows = ["".join(random.Random(i).choices("ACGT", k=6)) for i in range(20)]
@@ -316,8 +316,9 @@ def test_known_rewards_are_learned_from_before_anything_is_asked(tmp_path, monke
                                                                   for i, s in enumerate(rows)))
     paths = captured(monkeypatch, train, "new_path")
     run(tmp_path / "a", f"--known={tmp_path / 'lab.csv'}", "--replay=12", "--iters=1", "--group=4")
-    sizes = {len(call[3]) for call in paths}
-    assert sizes == {20, 4} and lines(tmp_path / "a")[-1]["queries"] <= 4
+    tokens = {tuple(row) for call in paths for row in call[3].tolist()}
+    encoded = {tuple("ACGT".index(c) for c in row) for row in rows}
+    assert len(tokens & encoded) > 10 and lines(tmp_path / "a")[-1]["queries"] <= 4
 
 
 # -----------------------------------------------------------------------------
@@ -342,7 +343,7 @@ def test_known_rewards_are_learned_from_before_anything_is_asked(tmp_path, monke
     (["--explore=1.5"], "argument --explore: invalid float in .0, 1. value: '1.5'"),
     (["--algo=loop", "--clip_mode=cap"], "--clip_mode is for --algo=sepo"),
     (["--algo=published", "--process=uniform"], "--algo=published needs --process=absorb"),
-    (["--algo=published", "--micro_batch=2"], "--algo=published .* has no --micro_batch"),
+    (["--algo=published", "--micro_batch=2"], "--algo=published has no --micro_batch"),
     (["--device=cuda"], "sees no CUDA device"),
     (["--resume"], "holds no run")])
 def test_bad_flags_get_a_short_message_and_status_2(args, message, tmp_path, capsys):
