@@ -97,6 +97,10 @@ class Chain:
         x = torch.where(given, prompt, self.noise(prompt, generator))
         return self.denoise(model, x, given, 1.0, steps or self.DEFAULT_STEPS, generator)
 
+    def logp(self, model, view):
+        """Log-probability under `model` of the tokens that a View scores -> [n, k], nats."""
+        return pick(self.log_probs(model, view), view.y)
+
     def replay(self, model, path, chunk=None):
         """Log-probability under `model` of every transition of the path, shaped as path.logp, nats.
 
@@ -104,7 +108,7 @@ class Chain:
         at least 256) per forward pass. With gradients each pass is recomputed in the backward
         pass, so that the memory of activations does not grow with the number of events."""
         def score(view):
-            return pick(self.log_probs(model, view), view.y) * view.scored              # [n, k]
+            return self.logp(model, view) * view.scored                                 # [n, k]
 
         total = path.zeros()
         for view in path.views(chunk or max(256, len(path.tokens))):

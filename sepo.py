@@ -123,7 +123,7 @@ def draw_view(process, model, path, events=1):
     logp_old = view.logp_old
     if logp_old is None:
         with torch.no_grad():
-            logp_old = pick(process.log_probs(model, view), view.y)
+            logp_old = process.logp(model, view)
     share = torch.full_like(weight, 1 / max(1, len(row)))
     return replace(view, weight=weight, share=share, logp_old=logp_old)
 
@@ -159,7 +159,7 @@ def sepo_loss(process, model, view, advantages, clip=0.2, clip_mode="stop"):
     transition kernel: at theta_old the gradient is minus the policy gradient of the sampler as it
     runs (as DDPO, 2305.13301, for images), and with clip_mode="stop" the loss is that of LOOP on
     one event, where an event moves one slot. advantages: [B]."""
-    logp = pick(process.log_probs(model, view), view.y)                                 # [n, k]
+    logp = process.logp(model, view)                                                    # [n, k]
     A = advantages[view.row, None]                                                      # [n, 1]
     objective, is_clipped = surrogate(logp - view.logp_old, A, clip, clip_mode)
     return policy_loss(objective, is_clipped, view.scored, view.weight, view.share)
@@ -172,7 +172,7 @@ def loop_loss(process, model, view, advantages, clip=0.2):
 
     Ratio and clip are per transition: an event with all the slots that it moved. With clip = inf
     and one update per rollout it is REINFORCE."""
-    logp = pick(process.log_probs(model, view), view.y)                                 # [n, k]
+    logp = process.logp(model, view)                                                    # [n, k]
     log_ratio = ((logp - view.logp_old) * view.scored).sum(dim=1, keepdim=True)         # [n, 1]
     objective, is_clipped = surrogate(log_ratio, advantages[view.row, None], clip)
     moved = view.scored.any(dim=1, keepdim=True)

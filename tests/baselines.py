@@ -15,7 +15,7 @@ from rewards import TASKS, ask  # noqa: E402
 MARKS = (1280, 2560, 5120, 6400, 12_800)
 
 
-def genetic_algorithm(task, rewards, seed, batch=64, parents=64, rate=0.04, start=256):
+def genetic_algorithm(task, rewards, seed, batch=64, parents=64, rate=0.02, start=256):
     """Crossover at two points and mutation of the best distinct sequences asked so far
     -> tokens [n, L], rewards [n], in the order in which they were asked. The first `start` are
     data; every child is new, so that no reward is asked twice."""
@@ -42,7 +42,7 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=list(TASKS), default="ehrlich")
     parser.add_argument("--seeds", type=int, default=5)
-    for name, kind, value in (("parents", int, 64), ("rate", float, 0.04), ("batch", int, 64)):
+    for name, kind, value in (("parents", int, 64), ("rate", float, 0.02), ("batch", int, 64)):
         parser.add_argument(f"--{name}", type=kind, default=value)
     args = parser.parse_args()
     task = TASKS[args.task]()

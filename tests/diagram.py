@@ -1,4 +1,4 @@
-"""Draw assets/diagram.png: a path, one view of it, the slot law, and the two clips.
+"""Draw assets/diagram.png: a path, one view of it, the slot's distribution, and the two clips.
 
     python tests/diagram.py
 """
@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LETTERS = "ACGT"
 STATES = ["____", "__T_", "__TC", "A_TC", "AGTC"]      # the path: one slot is revealed per event
 EVENT, SLOT = 2, 0                                     # the view: before event 2, slot 0
-LAW = [0.45, 0.15, 0.3, 0.1]                           # the slot law there
+WEIGHTS = [0.45, 0.15, 0.3, 0.1]                       # the slot's distribution there
 
 
 def draw_path(axis):
@@ -33,10 +33,10 @@ def draw_path(axis):
     axis.text(5.9, -EVENT + 3.97, "a view:\nstate, slot", color="tab:red", fontsize=12, va="center")
 
 
-def draw_law(axis):
-    axis.set_title("its slot law  w = softmax(log s)", fontsize=13)
+def draw_distribution(axis):
+    axis.set_title("the slot's distribution  w = softmax(log s)", fontsize=13)
     colours = ["tab:red" if v == 0 else "0.7" for v in range(4)]
-    axis.bar(list(LETTERS), LAW, color=colours)
+    axis.bar(list(LETTERS), WEIGHTS, color=colours)
     axis.set_ylabel("w", fontsize=12)
     axis.tick_params(labelsize=13)
     axis.set_ylim(0, 0.58)
@@ -57,7 +57,7 @@ def draw_clips(axis, clip=0.2):
 
 def main():
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), width_ratios=[1.1, 1, 1])
-    for axis, draw in zip(axes, (draw_path, draw_law, draw_clips)):
+    for axis, draw in zip(axes, (draw_path, draw_distribution, draw_clips)):
         draw(axis)
     figure.tight_layout()
     figure.savefig(ROOT / "assets" / "diagram.png", dpi=110)

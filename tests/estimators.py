@@ -5,7 +5,7 @@ do not agree with one distribution (tests/test_sepo.py measures how much).
 """
 import torch
 
-from diffusion import View, pick
+from diffusion import View
 
 
 def noised_view(process, model, tokens, given):
@@ -29,12 +29,12 @@ def finished(process, model, tokens, x, t, scored, weight):
     row, share = torch.arange(len(x)), torch.full((len(x),), 1 / len(x))
     view = View(row, None, x, t, None, None, tokens, scored, None, weight * share, share)
     with torch.no_grad():
-        view.logp_old = pick(process.log_probs(model, view), tokens)
+        view.logp_old = process.logp(model, view)
     return view
 
 
 def consistency(process, model, view):
     """The bound of the model's own samples, which holds it tight (DiPOD, 2606.13795) -> scalar, to
     be minimized beside the loss."""
-    logp = pick(process.log_probs(model, view), view.y)
+    logp = process.logp(model, view)
     return -(view.weight[:, None] * view.scored * logp).sum()

@@ -210,7 +210,7 @@ def test_a_path_rebuilds_every_state_and_its_log_probabilities(chain, steps):
         assert sorted(path.state(j)[rows].tolist()) == sorted(x.tolist())   # the loop sorts rows
         view = path.view(rows.nonzero().squeeze(1), torch.full((int(rows.sum()),), j))
         assert sorted(view.t.tolist()) == pytest.approx(sorted(t.tolist()))
-        logp = pick(process.log_probs(model, view), view.y)
+        logp = process.logp(model, view)
         assert torch.allclose(logp[view.scored], view.logp_old[view.scored], atol=1e-4)
     for chunk in (None, 10):
         assert torch.allclose(process.replay(model, path, chunk), path.logp, atol=1e-4)

@@ -148,7 +148,7 @@ def test_learning_on_the_toy_reaches_most_of_the_optimum_in_few_rollouts(tmp_pat
     """A tenth of the default run; what an update with a wrong sign or scale cannot do."""
     metrics = run(tmp_path, "--pretrain_iters=150", "--iters=30", "--group=64", "--updates=16",
                   "--n_embd=32", "--data_size=5000", "--eval_every=15", task="toy")
-    assert metrics[-1]["share_of_optimum"] > 0.2
+    assert metrics[-1]["share_of_optimum"] > 0.6        # twenty seeds: @@SPREAD@@
 
 
 @pytest.mark.parametrize("task, columns", [
@@ -736,9 +736,9 @@ def test_a_low_temperature_draws_the_likeliest_letter(toy, tmp_path, capsys):
 
 
 def test_the_best_that_was_ever_asked(toy, capsys):
-    """Without what was asked to know the optimum."""
+    """In rollouts: without what was asked to know the optimum, or for the report."""
     paid = paid_lines(toy[0])
-    found = {line["sample"]: line["reward"] for line in paid if line.get("stage") != "optimum"}
+    found = {line["sample"]: line["reward"] for line in paid if "stage" not in line}
     sample.main([f"--run={toy[0]}", "--best=5"])
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert len({string for _, string in rows}) == 5
