@@ -24,6 +24,16 @@ def network(V, L, seed=0, n_layer=2, n_embd=32, scale=1.0, **config):
     return model.eval()
 
 
+def has_bfloat16():
+    """Torch may lack the instructions, for instance where ATEN_CPU_CAPABILITY hides them."""
+    try:
+        x = torch.zeros(1, 2, 64, 16, dtype=torch.bfloat16)
+        F.scaled_dot_product_attention(x, x, x)
+    except RuntimeError:
+        return False
+    return True
+
+
 def sequences(V, L):
     """All V**L sequences, in the order of exact_law -> [V**L, L]."""
     return torch.tensor(list(itertools.product(range(V), repeat=L)))

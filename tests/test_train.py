@@ -22,7 +22,7 @@ import sample
 import sepo
 import train
 from diffusion import Absorbing
-from exact import network
+from exact import has_bfloat16, network
 from model import Block, Config, Denoiser
 from rewards import TASKS, Task, whole_lines
 
@@ -124,7 +124,8 @@ def test_checkpoints_are_plain_tensors(toy):
 
 @pytest.mark.parametrize("extra", [
     ["--steps=2", "--advantage=loo"], ["--group=1", "--advantage=running"],
-    ["--beta=0", "--path_events=3"], ["--dropout=0.1", "--dtype=bfloat16"],
+    ["--beta=0", "--path_events=3"], ["--dropout=0.1"],
+    pytest.param(["--dtype=bfloat16"], marks=pytest.mark.skipif(not has_bfloat16(), reason="none")),
     ["--corrector_steps=2"], ["--clip_mode=cap", "--micro_batch=3"],
     ["--algo=loop", "--micro_batch=5"], ["--algo=loop", "--path_events=2", "--process=uniform"],
     ["--algo=prdp", "--group=4", "--prompts=2"], ["--algo=prdp", "--process=uniform"],
@@ -148,7 +149,7 @@ def test_learning_on_the_toy_reaches_most_of_the_optimum_in_few_rollouts(tmp_pat
     """A tenth of the default run; what an update with a wrong sign or scale cannot do."""
     metrics = run(tmp_path, "--pretrain_iters=150", "--iters=30", "--group=64", "--updates=16",
                   "--n_embd=32", "--data_size=5000", "--eval_every=15", task="toy")
-    assert metrics[-1]["share_of_optimum"] > 0.6        # twelve seeds: 0.87 to 0.93
+    assert metrics[-1]["share_of_optimum"] > 0.6        # thirteen seeds: 0.87 to 0.94
 
 
 @pytest.mark.parametrize("task, columns", [
