@@ -144,10 +144,10 @@ class Paid:
     """The file rewards.jsonl of a run: a line for every sample of every rollout, written as soon as
     the black box has answered. A sample that is in the file is not asked again.
 
-    {"iter": 3, "sample": "TCTCTC", "reward": 0.75, "kl": 1.31}, with the prompt where there is one
-    and the kl of `Rollout`. Samples that belong to no rollout have a "stage" (check, optimum,
-    evaluation, report ...); those of other processes than the first have their "rank", and a
-    process knows only its own."""
+    {"iter": 3, "sample": "TCTCTC", "reward": 0.75, "kl": 1.31, "log_ref": -9.2}, with the prompt
+    where there is one; kl and log_ref are those of `Rollout`. Samples that belong to no rollout
+    have a "stage" (check, optimum, evaluation, report ...); those of other processes than the
+    first have their "rank", and a process knows only its own."""
 
     def __init__(self, file, rank=0):
         self.file, self.rank = file, rank
@@ -215,14 +215,16 @@ class Rollout:
     reward: torch.Tensor                # [P, G]     float64
     kl: torch.Tensor                    # [P, G]     log p(path)/p_ref(path) of the policy of that
                                         #            time, nats; 0 where the reference drew them
+    log_ref: torch.Tensor               # [P, G]     log p_ref(path), nats
 
 def rollout_of(task, lines, group):
     """Lines of a rewards.jsonl -> Rollout, `group` samples for each prompt."""
     tokens = task.read([line["sample"] for line in lines])
     reward = torch.tensor([float(line["reward"]) for line in lines], dtype=torch.double)
-    kl = torch.tensor([line.get("kl", 0.0) for line in lines])
+    kl, log_ref = (torch.tensor([line.get(name, 0.0) for line in lines]).view(-1, group)
+                   for name in ("kl", "log_ref"))
     given = task.given(tokens) if task.given else torch.zeros_like(tokens, dtype=torch.bool)
-    return Rollout(tokens, given, reward.view(-1, group), kl.view(-1, group))
+    return Rollout(tokens, given, reward.view(-1, group), kl, log_ref)
 
 
 def read_known(task, file, group):

@@ -206,10 +206,10 @@ def prdp_loss(process, model, path, rewards, kl, beta, clip=0.5, chunk=None):
 def wdce_weights(rewards, kl, beta, min_ess):
     """Weights [n] of samples with rewards [n], ~ exp(c (R / beta - kl)), that sum to 1.
 
-    kl [n]: log q(path)/p_ref(path) of the policy q that drew each of them. With c = 1 they are
-    self-normalized importance weights of p* ~ p_ref exp(R / beta). c is the largest number up to 1
-    that keeps the effective sample size 1 / sum(w^2) at min_ess or above: it flattens p*, and
-    the proposal q, alike."""
+    kl [n]: log q(path)/p_ref(path) of the policy q that drew each of them; -log p_ref for distinct
+    samples that count once each. With c = 1 they are self-normalized importance weights of
+    p* ~ p_ref exp(R / beta). c is the largest number up to 1 that keeps the effective sample size
+    1 / sum(w^2) at min_ess or above: it flattens p*, and the proposal q, alike."""
     log_w = rewards / beta - kl
     low, high, c = 0.0, 1.0, 1.0
     for _ in range(40):                                 # bisection: the size falls as c grows

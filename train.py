@@ -184,7 +184,8 @@ def finetune(args, task, process, model, reference, data, exact, paid, known):
     first = restore(args, "finetune", state)
     loss_of = dict(loop=sepo.loop_loss, reinforce=sepo.loop_loss, published=sepo.published_loss,
                    sepo=partial(sepo.sepo_loss, clip_mode=args.clip_mode)).get(args.algo)
-    buffer = known[RANK::WORLD_SIZE] + [paid.recall(task, i, G, P * G) for i in range(1, first + 1)]
+    known = [score_known(args, process, reference, old) for old in known[RANK::WORLD_SIZE]]
+    buffer = known + [paid.recall(task, i, G, P * G) for i in range(1, first + 1)]
     buffer = [Rollout(*(x.to(data.device) for x in vars(old).values())) for old in buffer]
     bar = progress("finetune", first, args.iters)
     for i in bar:
@@ -195,8 +196,9 @@ def finetune(args, task, process, model, reference, data, exact, paid, known):
         new_kl = process.path_kl(reference, path, args.micro_batch)         # [P * G] nats
 
         # 2. ask the black box, and remember what it said
-        reward = paid.ask(task, path.tokens, iter=i + 1, kl=new_kl).view(P, G)
-        new = Rollout(path.tokens, given, reward, new_kl.view(P, G))
+        log_ref = path.logp.flatten(1).sum(dim=1) - new_kl
+        reward = paid.ask(task, path.tokens, iter=i + 1, kl=new_kl, log_ref=log_ref).view(P, G)
+        new = Rollout(path.tokens, given, reward, new_kl.view(P, G), log_ref.view(P, G))
         buffer.append(new)
         if MASTER and i == 0:
             advise(args, reward)
@@ -259,6 +261,14 @@ def advise(args, reward):
               file=sys.stderr)
 
 
+def score_known(args, process, reference, old):
+    """A Rollout of --known with its log_ref, the same whenever the run is resumed."""
+    seed_everything(args, 3, 0)
+    device = device_of(reference)
+    path = new_path(args, process, reference, old.tokens.to(device), old.given.to(device))
+    return replace(old, log_ref=path.logp.flatten(1).sum(dim=1).view_as(old.reward))
+
+
 def roll_out(args, task, process, model, data, buffer):
     """G samples of the current policy for each of P prompts -> path, given [P * G, L].
 
@@ -271,7 +281,9 @@ def roll_out(args, task, process, model, data, buffer):
     given = prompt != process.mask                                                  # [P * G, L]
     n_old = int(args.explore * n) if buffer else 0
     if n_old:
-        prompt[:n_old] = recombine(*kept(args, buffer), n_old, process.mask)
+        tokens, reward, kl, _ = kept(args, buffer)
+        weights = sepo.wdce_weights(reward, kl, args.beta, args.min_ess)
+        prompt[:n_old] = recombine(tokens, weights, n_old, process.mask)
     path = process.sample(model, n, task.length, args.steps, prompt)
     if args.corrector_steps:
         path = process.correct_path(model, path, args.corrector_t, args.corrector_steps,
@@ -304,17 +316,19 @@ def new_path(args, process, model, tokens, given):
 
 
 def kept(args, buffer):
-    """The distinct samples of the last --keep rollouts -> tokens [n, L], wdce_weights [n].
+    """The distinct samples of the last --keep rollouts -> tokens [n, L], and of the last time that
+    each was drawn its reward, kl and log_ref [n].
 
-    Each counts once, however often it was drawn, with its latest kl. That biases the weights away
-    from p*, towards what the policy of that time seldom drew, and so keeps the search alive."""
+    Two kinds of weights are made of them. wdce learns from p_ref exp(R / beta), which is p* on what
+    was seen, since each counts once, however often it was drawn. --explore chooses parents from
+    exp(R / beta - kl), which is biased towards what the policy of that time seldom drew, and keeps
+    the search alive."""
     latest = {}
-    for rollout in buffer[-args.keep:]:
-        values = zip(rollout.reward.flatten().tolist(), rollout.kl.flatten().tolist())
-        latest |= zip(map(tuple, rollout.tokens.tolist()), values)
+    for old in buffer[-args.keep:]:
+        values = torch.stack((old.reward, old.kl, old.log_ref), dim=-1).flatten(0, 1)   # [P * G, 3]
+        latest |= zip(map(tuple, old.tokens.tolist()), values.tolist())
     tokens = torch.tensor(list(latest), device=buffer[-1].tokens.device)
-    reward, kl = torch.tensor(list(latest.values()), dtype=torch.double).to(tokens.device).T
-    return tokens, sepo.wdce_weights(reward, kl, args.beta, args.min_ess)
+    return tokens, *torch.tensor(list(latest.values()), dtype=torch.double, device=tokens.device).T
 
 
 def draw_updates(args, process, model, path, buffer):
@@ -325,7 +339,8 @@ def draw_updates(args, process, model, path, buffer):
     if args.algo == "published":
         return [[sepo.draw_neighbours(process, model, path)]] * args.updates
     if args.algo == "wdce":                             # rows of the buffer, by their weights
-        tokens, weights = kept(args, buffer)
+        tokens, reward, _, log_ref = kept(args, buffer)
+        weights = sepo.wdce_weights(reward, -log_ref, args.beta, args.min_ess)
         n = args.prompts * args.group // WORLD_SIZE
         rows = torch.multinomial(weights, args.updates * n, replacement=True).split(n)
         even = torch.full((n,), 1 / n, device=tokens.device)
@@ -640,6 +655,8 @@ def check_combinations(parser, args):
         (args.algo != "sepo" and args.clip_mode != "stop", "--clip_mode is for --algo=sepo"),
         (args.algo == "published" and args.process == "uniform",
          "--algo=published needs --process=absorb"),
+        (args.algo == "wdce" and (args.process == "uniform" or args.corrector_steps),
+         "--algo=wdce needs --process=absorb and no corrector"),
         (args.algo in ("published", "wdce") and args.micro_batch,
          f"--algo={args.algo} has no --micro_batch"),
     ]:

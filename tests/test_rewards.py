@@ -163,11 +163,12 @@ def test_the_buffer_is_rebuilt_from_the_file(tmp_path):
     x[0] = torch.tensor([1, 0, 2, 2, 2])
     kl = torch.randn(6)
     paid = rewards.Paid(tmp_path / "rewards.jsonl")
-    reward = paid.ask(task, x, iter=4, kl=kl)
+    reward = paid.ask(task, x, iter=4, kl=kl, log_ref=2 * kl)
     assert '"sample": "CA", "reward": 1.0, "prompt": "CA___"' in (tmp_path / "rewards.jsonl").read_text()
     again = rewards.Paid(tmp_path / "rewards.jsonl")
     rollout = again.recall(task, 4, group=3, size=6)
     assert torch.equal(rollout.tokens, x) and torch.equal(rollout.reward, reward.view(2, 3))
+    assert torch.equal(rollout.log_ref, 2 * kl.view(2, 3))
     assert torch.equal(rollout.kl, kl.view(2, 3)) and torch.equal(rollout.given, task.given(x))
     assert again.seen == paid.seen and again.best == paid.best
 

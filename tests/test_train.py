@@ -132,7 +132,7 @@ def test_checkpoints_are_plain_tensors(toy):
     ["--algo=prdp", "--micro_batch=3"], ["--algo=published"], ["--algo=reinforce", "--conv=3"],
     ["--replay=2", "--path_events=0"], ["--replay=2", "--process=uniform"],
     ["--replay=1", "--algo=prdp"], ["--replay=1", "--algo=loop", "--explore=0.5"],
-    ["--algo=wdce", "--explore=0.5"], ["--algo=wdce", "--process=uniform", "--keep=1"],
+    ["--algo=wdce", "--explore=0.5"], ["--process=uniform", "--explore=0.5", "--keep=1"],
     ["--process=uniform", "--corrector_steps=3", "--corrector_t=0.3", "--path_events=2"]])
 def test_every_choice_runs(extra, tmp_path):
     assert run(tmp_path, *extra)[-1]["share_of_optimum"] <= 1 + 1e-4
@@ -349,6 +349,7 @@ def test_known_rewards_are_learned_from_before_anything_is_asked(tmp_path, monke
     (["--iters"], "argument --iters: expected one argument"),
     (["--n_embd=30"], "n_embd must be even and a multiple of --n_head"),
     (["--algo=prdp", "--beta=0"], "--algo=prdp needs --group above 1 and --beta above 0"),
+    (["--algo=wdce", "--process=uniform"], "--algo=wdce needs --process=absorb and no corrector"),
     (["--algo=wdce", "--replay=1"], "--algo=wdce has no --replay"),
     (["--algo=wdce", "--beta=0"], "--algo=wdce and --explore need --beta above 0"),
     (["--explore=0.5", "--beta=0"], "--algo=wdce and --explore need --beta above 0"),
