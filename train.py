@@ -233,20 +233,25 @@ def finetune(args, task, process, model, reference, data, exact, paid, known):
                 norms.append(step(model, optimizer, args.lr * decay(i, args.iters)))
 
         # 5. log, draw, save
-        mean = average_(new.reward.mean())
-        baseline.update(mean - args.beta * average_(new_kl.mean()))
-        metrics = average(dict(reward=mean, reward_std=(new.reward - mean).square().mean(),
-                               kl=new_kl.mean(), clip_fraction=sum(clipped) / len(norms),
-                               grad_norm=torch.stack(norms).mean(),
-                               queries=mean.new_tensor(WORLD_SIZE * len(paid.seen))))
-        metrics["reward_std"] **= 0.5                   # of all processes: a variance until here
-        metrics["best"] = largest(mean.new_tensor(paid.best))
+        baseline.update(average_((new.reward - args.beta * new.kl).mean()))
+        metrics = summary(new, paid, sum(clipped) / len(norms), torch.stack(norms).mean())
         if MASTER and ((i + 1) % args.eval_every == 0 or i + 1 == args.iters):
             metrics |= sample.evaluate(args, task, process, exact, model, new.tokens, paid, i + 1)
         log(args, bar, phase="finetune", iter=i + 1, **metrics)
         if MASTER and (i + 1) % 25 == 0:
             sample.plot_curve(args.out)
         end_iteration(args, task, "finetune", i, args.iters, state)
+
+
+def summary(new, paid, clip_fraction, grad_norm):
+    """The metrics of a Rollout and of its updates, over all processes."""
+    mean = average_(new.reward.mean())
+    queries = mean.new_tensor(WORLD_SIZE * len(paid.seen))              # its mean is the sum of all
+    metrics = average(dict(reward=mean, reward_std=(new.reward - mean).square().mean(),
+                           kl=new.kl.mean(), clip_fraction=clip_fraction, grad_norm=grad_norm,
+                           queries=queries))
+    metrics["reward_std"] **= 0.5                       # of all processes: a variance until here
+    return metrics | dict(best=largest(mean.new_tensor(paid.best)))
 
 
 def advise(args, reward):
