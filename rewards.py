@@ -147,7 +147,8 @@ class Paid:
     {"iter": 3, "sample": "TCTCTC", "reward": 0.75, "kl": 1.31, "log_ref": -9.2}, with the prompt
     where there is one; kl and log_ref are those of `Rollout`. Samples that belong to no rollout
     have a "stage" (check, optimum, evaluation, report ...); those of other processes than the
-    first have their "rank", and a process knows only its own."""
+    first have their "rank", and a process knows only its own. What a kill between the answer and
+    the line costs cannot be known here: those samples alone are asked again."""
 
     def __init__(self, file, rank=0):
         self.file, self.rank = file, rank
@@ -216,6 +217,7 @@ class Rollout:
     kl: torch.Tensor                    # [P, G]     log p(path)/p_ref(path) of the policy of that
                                         #            time, nats; 0 where the reference drew them
     log_ref: torch.Tensor               # [P, G]     log p_ref(path), nats
+
 
 def rollout_of(task, lines, group):
     """Lines of a rewards.jsonl -> Rollout, `group` samples for each prompt."""

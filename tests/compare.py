@@ -31,8 +31,7 @@ DNA = ["--task=dna", "--report_samples=500"]
 EHRLICH = ["--task=ehrlich", "--report_samples=0", "--eval_every=2"]
 ONCE = ["--replay=0", "--group=128", "--iters=40"]              # every reward is used in one rollout
 ONCE_SEPO = [*ONCE, "--updates=16", "--path_events=1"]
-LABELS = {"queries": "rewards asked", "kl": "KL of the paths, nats", "reward": "oracle",
-          "mean": "mean reward of the rollout"}
+LABELS = {"queries": "rewards asked", "kl": "KL of the paths, nats", "reward": "oracle"}
 LOOP, PRDP, REINFORCE = ["--algo=loop"], ["--algo=prdp"], ["--algo=reinforce"]
 MARKS = (128, 256, 512, 1024, 2560, 5120)
 

@@ -3,7 +3,6 @@
 Read first test_a_faulty_reward_is_told_which_sample, for what a black box may return."""
 import gzip
 import itertools
-import json
 import math
 import random
 

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from copy import deepcopy
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
