@@ -294,8 +294,9 @@ class Absorbing(Chain):
         change = torch.arange(V, device=mass.device) - V                    # mask -> token v
         s, i = (states == V).nonzero(as_tuple=True)             # every masked slot of every state
         target = s[:, None] + change * power[i, None]                                   # [n, V]
-        t = (states == V).sum(dim=1) / (L + 1)
-        p = logits_at(model, states, t)[s, i].double().softmax(dim=-1)                  # [n, V]
+        masked, row = s.unique(return_inverse=True)             # the states with a mask
+        t = (states[masked] == V).sum(dim=1) / (L + 1)
+        p = logits_at(model, states[masked], t)[row, i].double().softmax(dim=-1)        # [n, V]
         for m in range(L, 0, -1):                       # all mass is on states of m masks
             flow = mass[s, None] * p / m
             mass = torch.zeros_like(mass).index_add(0, target.flatten(), flow.flatten())

@@ -39,9 +39,9 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 MASTER = RANK == 0                                  # the process that logs, saves and reports
 
 DEFAULTS = {                                        # that go with a task, process or method
-    "toy": dict(n_layer=2, n_embd=64, iters=80, replay=15, path_events=0, eval_every=4),
+    "toy": dict(n_layer=2, n_embd=64, iters=80, replay=15, path_events=0, eval_every=8),
     "dna": dict(n_layer=1, n_embd=48, conv=25, pretrain_iters=1500, pretrain_lr=4e-3, steps=20,
-                iters=60, lr=3e-4, eval_every=5),
+                iters=40, lr=3e-4, replay=15, path_events=0, eval_every=5),
     "arithmetic": dict(n_layer=3, pretrain_iters=3000, pretrain_batch=256, pretrain_lr=1e-3,
                        data_size=200_000, prompts=64, group=4, iters=40, lr=2e-4, path_events=0,
                        eval_every=2),
@@ -129,7 +129,6 @@ def run(args):
     save_model(args, task, model, "finetuned.pt")
     if MASTER:
         seed_everything(args, 2, 0)
-        sample.plot_curve(args.out)
         if args.report_samples:
             sample.report(args, task, process, exact, reference, model, paid)
         print(f"results are in {args.out}; next: python sample.py --run={args.out} --compare")
@@ -238,8 +237,6 @@ def finetune(args, task, process, model, reference, data, exact, paid, known):
         if MASTER and ((i + 1) % args.eval_every == 0 or i + 1 == args.iters):
             metrics |= sample.evaluate(args, task, process, exact, model, new.tokens, paid, i + 1)
         log(args, bar, phase="finetune", iter=i + 1, **metrics)
-        if MASTER and (i + 1) % 25 == 0:
-            sample.plot_curve(args.out)
         end_iteration(args, task, "finetune", i, args.iters, state)
 
 
@@ -496,7 +493,8 @@ def restore(args, phase, state):
 
 
 def end_iteration(args, task, phase, i, total, state):
-    """Save last.pt, and with it the model that was learnt, if it is time to, and at the end."""
+    """Save last.pt, and with it the fine-tuned model and its curve, if it is time to; at the end,
+    too."""
     last = args.out / "last.pt"
     is_due = not last.exists() or time.time() - last.stat().st_mtime >= args.save_every
     if MASTER and (is_due or i + 1 == total):
@@ -507,6 +505,7 @@ def end_iteration(args, task, phase, i, total, state):
         save(last, dict(phase=phase, iter=i + 1, log_size=log_size, **parts))
         if phase == "finetune":
             save_model(args, task, state["model"], "finetuned.pt")
+            sample.plot_curve(args.out)
 
 
 def save_model(args, task, model, name):
