@@ -17,6 +17,7 @@ import re
 import sys
 import zlib
 from collections import defaultdict
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -119,11 +120,23 @@ class Task:
 LARGEST = sys.float_info.max
 
 
-def ask(task, tokens):
-    """The task's reward of tokens [B, L] -> float64 [B] on their device.
+def ask(task, tokens, on_error=None):
+    """The task's reward of tokens [B, L] -> float64 [B] on their device. What it prints goes to
+    standard error.
 
-    Raises BadInput for what a reward must not return; what it raises itself is passed on."""
-    values = task.reward(tokens)
+    on_error: the reward of a sample for which it raises, or returns no finite number. None: stop,
+    with BadInput for what it returned and its own traceback for what it raised."""
+    try:
+        with redirect_stdout(sys.stderr):
+            values = task.reward(tokens)
+    except Exception as error:
+        if on_error is not None:                        # which sample was it? each is asked alone
+            if len(tokens) == 1:
+                return torch.tensor([on_error], dtype=torch.double, device=tokens.device)
+            return torch.cat([ask(task, x, on_error) for x in tokens.split(1)])
+        if isinstance(error, OSError):      # of the user's own, so no one-line message
+            raise RuntimeError("the reward raised an exception") from error
+        raise
     if hasattr(values, "tolist"):                       # of torch or numpy
         values = values.tolist()
     if isinstance(values, (dict, set, frozenset, str, bytes)) or not hasattr(values, "__iter__"):
@@ -133,7 +146,10 @@ def ask(task, tokens):
     if len(values) != len(tokens):
         raise BadInput(f"the reward returned {len(values)} values for {len(tokens)} samples")
     for i, value in enumerate(values):
-        if not isinstance(value, (int, float)) or not -LARGEST <= value <= LARGEST:
+        if isinstance(value, (int, float)) and -LARGEST <= value <= LARGEST:
+            continue
+        values[i] = on_error
+        if on_error is None:
             sample = task.samples(tokens[i:i + 1])[0]
             raise BadInput(f"the reward of sample {i}, {sample!r}, is {value!r:.80}: "
                            "a finite number is needed")
@@ -150,8 +166,8 @@ class Paid:
     first have their "rank", and a process knows only its own. What a kill between the answer and
     the line costs cannot be known here: those samples alone are asked again."""
 
-    def __init__(self, file, rank=0):
-        self.file, self.rank = file, rank
+    def __init__(self, file, rank=0, on_error=None):
+        self.file, self.rank, self.on_error = file, rank, on_error
         self.reward_of = {}                             # sample -> reward
         self.seen, self.best = set(), -math.inf         # samples of rollouts; the largest reward
         self.old = defaultdict(list)    # (iter, stage) -> lines written before the run was resumed
@@ -165,7 +181,7 @@ class Paid:
         strings = task.strings(tokens)
         new = {s: i for i, s in enumerate(strings) if s not in self.reward_of}
         if new:
-            answers = ask(task, tokens[list(new.values())]).tolist()
+            answers = ask(task, tokens[list(new.values())], self.on_error).tolist()
             self.reward_of |= zip(new, answers)
         rewards = [self.reward_of[string] for string in strings]
         old = [line["sample"] for line in self.old.pop((iter, stage), [])]
@@ -177,9 +193,10 @@ class Paid:
             if task.given:
                 columns["prompt"] = task.strings(task.prompts(tokens))
             rows = (dict(zip(columns, row)) for row in zip(*columns.values()))
-            text = "".join("\n" + json.dumps(where | row) for row in rows)
+            text = "".join("\n" + json.dumps(where | row) for row in rows).encode()
             with open(self.file, "ab", buffering=0) as file:    # in one piece: other processes
-                file.write(text.encode())                       # write here, too
+                if file.write(text) < len(text):                # write here, too
+                    raise OSError(f"{self.file} cannot be written: is the disk full?")
         if stage is None:
             self.count(strings, rewards)
         return torch.tensor(rewards, dtype=torch.double, device=tokens.device)
@@ -522,24 +539,19 @@ def words_of(content):
     return set(WORD.findall(content.lower()))
 
 
-def share_of_words(strings, known, length):
-    """The share of `length` slots in distinct words that are known -> list[float]."""
-    return [sum(map(len, known & words_of(string))) / length for string in strings]
-
-
 def text(length=48):
     """Windows of a text; the reward is the share of slots in distinct words of that text, of four
     letters and more. What it teaches: a reward says what it says: real words, in any order."""
-    content, known = corpus(), words_of(corpus())
-    alphabet = alphabet_of(content)
+    content = corpus()
+    alphabet, known = alphabet_of(content), words_of(content)
 
     def reward(tokens):
-        return share_of_words(task.samples(tokens), known, length)
+        found = [known & words_of(string) for string in task.samples(tokens)]
+        return [sum(map(len, words)) / length for words in found]
 
     data, held = windows(find(content, alphabet), length)
     task = Task("text", alphabet, length, data, reward, held=held)
     return task
-
 
 # -----------------------------------------------------------------------------
 # ehrlich: a hard search with a known optimum (Ehrlich functions; Stanton et al., 2407.00236)
@@ -587,36 +599,60 @@ TASKS = {"toy": toy, "dna": dna, "arithmetic": arithmetic, "text": text, "ehrlic
 # -----------------------------------------------------------------------------
 # the user's own data and reward
 
-def open_task(name, length=0, data="", pad="", crop=False, reward=""):
+def open_task(name, length=0, data="", pad="", crop=False, reward="", format=""):
     """The task as the flags of a run want it; raises BadInput for what cannot be used.
 
-    length 0: the task's own. data: a file to pre-train on. reward: file.py:function."""
-    if name not in TASKS:
+    name: one of TASKS, or `own`: the alphabet is what the file holds. length 0: the task's own.
+    data: a file to pre-train on, in a format of `read_sequences`. reward: file.py:function."""
+    if name not in (*TASKS, "own"):
         raise BadInput(f"task {name!r} is not in rewards.TASKS")
     if (pad or crop) and not data:
         raise BadInput("--pad and --crop are for sequences from a file: give --data too")
     if len(pad) > 1 or not pad.isprintable():
         raise BadInput(f"--pad={pad}: one letter is needed")
-    task = TASKS[name](length) if length else TASKS[name]()
+    sequences = read_sequences(data, format) if data else []
+    crop = crop or format == "text"
+    if name == "own":
+        if not data:
+            raise BadInput("--task=own takes its letters from a file: give --data")
+        task = own(sequences, length, crop)
+        if len(set(map(len, sequences))) > 1 and not crop:
+            pad = pad or next(c for c in "-.*~|$" if c not in task.alphabet)
+    else:
+        task = TASKS[name](length) if length else TASKS[name]()
     if data:
-        is_text = name == "text" and not (pad or crop)          # one running text, not a list
-        sequences = read_sequences(data, is_text)
-        if name == "text":                                      # letters and words of the file
-            content = "\n".join(sequences)
-            task.alphabet, known = alphabet_of(content), words_of(content)
-            task.reward = lambda tokens: share_of_words(task.samples(tokens), known, task.length)
-        use_data(task, sequences, data, pad, crop or is_text)
+        use_data(task, sequences, data, pad, crop)
     if reward:
         score, measure = load_reward(reward)
-        task.reward = lambda tokens: score(task.samples(tokens))
+        task.reward = lambda tokens: score_in_order(score, task.samples(tokens))
         task.measure = lambda tokens: {
             name: float(value) for name, value in measure(task.samples(tokens)).items()}
     return task
 
 
-def read_sequences(file, is_text=False):
-    """A file of FASTA, of one sequence per line, or of one running text; perhaps gzipped
-    -> its sequences, list[str]."""
+def own(sequences, length, crop):
+    """A task of the letters that the sequences hold, as long as the longest of them; windows have
+    64 letters."""
+    longest = max(map(len, sequences))
+    length = length or (min(64, longest) if crop else longest)
+    return Task("own", alphabet_of("\n".join(sequences)), length, data=None, reward=None)
+
+
+def score_in_order(score, samples):
+    """The answers of a user's function, which must leave the list of samples as it is."""
+    given = list(samples)
+    values = score(given)
+    if given != samples:
+        raise BadInput("the reward changed its list of samples, so its values may be in another "
+                       "order: work on a copy, as in sorted(samples)")
+    return values
+
+
+def read_sequences(file, format=""):
+    """A file, perhaps gzipped -> its sequences, list[str].
+
+    format: lines, one sequence each; fasta, with a line >name before each sequence; text, one
+    running text; empty: fasta if the file begins with >, else lines."""
     opened = gzip.open if file.endswith(".gz") else open
     try:
         with opened(file, "rt", encoding="utf-8-sig") as f:
@@ -625,17 +661,17 @@ def read_sequences(file, is_text=False):
         raise BadInput(f"--data={file} cannot be read as text: {error}") from None
     if not content:
         raise BadInput(f"--data={file} is empty")
-    if content.startswith(">"):
-        records = content[1:].split("\n>")              # the first line of each is its name
-        return ["".join(record.partition("\n")[2].split()) for record in records]
-    if is_text:
+    if format == "text":
         return [" ".join(content.split())]
+    if format == "fasta" or not format and content.startswith(">"):
+        records = content.removeprefix(">").split("\n>")        # a record's first line is its name
+        return ["".join(record.partition("\n")[2].split()) for record in records]
     return [line.strip() for line in content.splitlines() if line.strip()]
 
 
 def use_data(task, sequences, file, pad, crop):
-    """Let the task draw its data from the sequences of a file."""
-    if task.alphabet.isupper():                         # a genome's lower case marks repeats
+    """Let the task draw its data from the sequences of a file, and say what is held out."""
+    if task.alphabet.isupper() and task.name != "own":  # a genome's lower case marks repeats
         sequences = [s.upper() for s in sequences]
     if pad:
         if pad in task.alphabet or any(pad in s for s in sequences):
@@ -645,14 +681,13 @@ def use_data(task, sequences, file, pad, crop):
     if crop:                                            # windows avoid letters such as N
         x = find("\n".join(sequences), task.alphabet)
         n_foreign = (x < 0).sum().item() - len(sequences) + 1
-        if n_foreign:
-            print(f"{file}: windows avoid {n_foreign:,} foreign letters", file=sys.stderr)
         task.data, task.held = windows(x, task.length)
+        what = f"windows that avoid {n_foreign:,} foreign letters, the last 5% of them"
     else:
         for i, s in enumerate(sequences, 1):
             where = f"sequence {i} of {file}"
-            task.check(s, where, task.alphabet, ": --data is FASTA or one sequence per line, and "
-                       "--crop avoids N and other foreign letters")
+            task.check(s, where, task.alphabet, ": without --task the alphabet is that of the "
+                       "file; --crop avoids N and other foreign letters")
             if len(s) != task.length:
                 raise BadInput(f"{where} has {len(s)} letters, the task {task.length} slots: "
                                "fill up with --pad=-, cut windows with --crop, or choose another "
@@ -664,6 +699,9 @@ def use_data(task, sequences, file, pad, crop):
         task.data, task.held = (lambda n, generator=None: x[~held]), None
         if held.any():
             task.held = lambda n, generator=None: x[held]
+        what = f"{len(x):,} sequences, {held.sum():,}"
+    padded = f"; short ones are filled up with {pad}" if pad else ""
+    print(f"{file}: {what} held out{padded}", file=sys.stderr)
 
 
 def load_reward(name):
@@ -675,7 +713,8 @@ def load_reward(name):
     sys.path.insert(0, str(Path(file).resolve().parent))        # it may import its neighbours
     spec = importlib.util.spec_from_file_location("own_reward", file)
     module = sys.modules["own_reward"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with redirect_stdout(sys.stderr):
+        spec.loader.exec_module(module)
     if not callable(getattr(module, function, None)):
         raise BadInput(f"--reward={name}: {file} has no function {function}")
     return getattr(module, function), getattr(module, "measure", lambda samples: {})

@@ -47,6 +47,16 @@ def number(kind, low, high=math.inf):
     return parse
 
 
+def name_of(suffix):
+    """A type for add_argument: a file name with this suffix."""
+    def parse(text):
+        if not text.endswith(suffix):
+            raise ValueError
+        return text
+    parse.__name__ = f"name with {suffix}"
+    return parse
+
+
 def get_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter,
                                      allow_abbrev=False)
@@ -59,12 +69,13 @@ def get_parser():
     add("--n", type=number(int, 1), default=10, help="number of samples")
     add("--steps", type=number(int, -1), default=-1,
         help="steps of the time grid (0: the process's default; -1: the run's)")
-    add("--prompt", default="", help="given letters, with _ for free slots: TC____")
+    add("--prompt", default="", help="given letters, with _ for free slots: TC____; where _ is "
+        "a letter or the pad, the blank is another one, which an error names")
     add("--temperature", type=number(float, 0.001), default=1.0, help="divides the logits")
     add("--seed", type=number(int, 0), default=0, help="seed of every random draw")
     add("--format", choices=list(FORMATS), default="text", help="of the samples")
-    add("--movie", default="", help="file.gif: the reverse process of a few samples")
-    add("--plot", default="", help="file.png: histogram of the rewards")
+    add("--movie", type=name_of(".gif"), help="file.gif: the reverse process of a few samples")
+    add("--plot", type=name_of(".png"), help="file.png: histogram of the rewards")
     return parser
 
 
@@ -77,7 +88,7 @@ def main(argv=None):
         run(args)
     except BrokenPipeError:                             # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError) as error:              # BadInput, or a name such as --plot=a.xyz
+    except (BadInput, OSError) as error:
         print(f"sample.py: {error}", file=sys.stderr)
         raise SystemExit(2)
 
@@ -114,7 +125,7 @@ def draw(args, file):
     path = process.sample(model, args.n, task.length, steps, prompts)
     rewards = [math.nan] * args.n
     if task.reward is not None:
-        rewards = ask(task, path.tokens).tolist()
+        rewards = ask(task, path.tokens, run.on_error).tolist()
     elif args.plot:
         raise BadInput("--plot: the run's reward is not there")
     distinct, mean = len(path.tokens.unique(dim=0)), sum(rewards) / args.n
@@ -126,6 +137,8 @@ def draw(args, file):
 
 def best_asked(file, n):
     """The n best distinct samples in the rollouts of a rewards.jsonl -> strings, rewards."""
+    if not file.is_file():
+        raise BadInput(f"{file} is missing: is {file.parent} the folder of a run?")
     lines = [line for line in whole_lines(file.read_text()) if "stage" not in line]
     reward_of = {line["sample"]: line["reward"] for line in lines}
     if not reward_of:
@@ -138,9 +151,14 @@ def read_prompts(task, text, prompts, n):
     """--prompt, or else the run's held-out prompts -> tokens [n, L]; None without prompts."""
     if not text:
         return None if prompts is None else prompts[torch.arange(n) % len(prompts)]
+    hint = f"; {task.blank} is a free slot"
+    task.check(text, "--prompt", task.alphabet + task.blank, hint)
     if len(text) != task.length:
-        raise BadInput(f"--prompt={text} has {len(text)} letters, the task {task.length} slots: "
-                       f"write {task.blank} for a free slot")
+        raise BadInput(f"--prompt={text} has {len(text)} letters, the task {task.length} slots{hint}")
+    if task.blank not in text:
+        raise BadInput(f"--prompt={text} has no free slot{hint}")
+    if task.pad and task.pad in text.rstrip(task.pad):
+        raise BadInput(f"--prompt={text}: the pad {task.pad} can only stand at the end{hint}")
     return task.encode([text])
 
 # -----------------------------------------------------------------------------
@@ -148,10 +166,12 @@ def read_prompts(task, text, prompts, n):
 
 def load(file):
     """A checkpoint of plain tensors and numbers; code in the file is refused, not run."""
+    if not Path(file).is_file():
+        raise BadInput(f"{file} is missing: is {Path(file).parent} the folder of a run?")
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:                          # truncated, no checkpoint, or with code
-        raise BadInput(f"{file} is missing, damaged or not a checkpoint of tensors "
+        raise BadInput(f"{file} is damaged or not a checkpoint of tensors "
                        f"({type(error).__name__})") from None
 
 
@@ -171,7 +191,7 @@ def load_model(file, autocast=None):
 def load_task(run, length):
     """The task of a saved run. Without its data or reward file: no reward, so no scores."""
     try:
-        task = open_task(run.task, run.length, run.data, run.pad, run.crop, run.reward)
+        task = open_task(run.task, run.length, run.data, run.pad, run.crop, run.reward, run.format)
         if task.alphabet == run.alphabet:
             return task
         problem = f"the alphabet was {run.alphabet!r}, and is {task.alphabet!r} now"
@@ -203,8 +223,11 @@ def report(args, task, process, exact, reference, model, paid):
     prompts = task.prompts(held_out)
     n = len(held_out)
     few, k = max(1, n // 4), 16
-    most = 3 * n + few * (k + 1)
-    print(f"report: asks for up to {most:,} more rewards (--report_samples=0: none)")
+    n_known = len(paid.reward_of)
+    print("report: mean reward, KL to the pre-trained model in nats, the share of distinct samples, "
+          "hamming: the\nshare of positions in which two of them differ, commonest: the share of "
+          "the commonest letter, and samples.\nbest of 16: for each sample the pre-trained model "
+          "draws 16, and the best one counts")
 
     rows = {}
 
@@ -221,6 +244,7 @@ def report(args, task, process, exact, reference, model, paid):
     for name, policy in (("pre-trained", reference), ("fine-tuned", model)):
         path = process.sample(policy, n, task.length, args.steps, prompts)
         add(name, path.tokens, process.path_kl(reference, path).mean().item())
+    after_tokens = path.tokens
     if prompts is not None:
         prompts = prompts[:few].repeat_interleave(k, dim=0)
     many = process.sample(reference, few * k, task.length, args.steps, prompts).tokens
@@ -228,10 +252,15 @@ def report(args, task, process, exact, reference, model, paid):
     best = many.view(few, k, -1)[torch.arange(few), best]
     add("best of 16", best, math.log(k) - (k - 1) / k)  # its KL is at most this
 
+    print(f"the report asked for {len(paid.reward_of) - n_known:,} more rewards "
+          "(--report_samples=0: none)")
     (args.out / "report.json").write_text(json.dumps(rows, indent=2) + "\n")
     before, after = rows["pre-trained"], rows["fine-tuned"]
     if after["hamming"] < before["hamming"] / 2 or after["commonest"] > 1.5 * before["commonest"]:
-        print("note: the samples have become much more alike: is the reward being exploited?")
+        counts = torch.bincount(after_tokens.flatten(), minlength=task.vocab_size)
+        print("note: the samples have become much more alike, with much "
+              f"{task.alphabet[counts.argmax()]!r}. If that is not what you want, try a larger "
+              "--beta, or a reward that forbids it")
 
 
 def diversity(tokens, V):
@@ -247,35 +276,39 @@ def diversity(tokens, V):
 # -----------------------------------------------------------------------------
 # pictures
 
-def plot_curve(out):
-    """curve.png, from metrics.jsonl: four panels of quantities against the number of rewards."""
+def plot_curve(args):
+    """curve.png, from metrics.jsonl: six panels, of metrics against the number of rewards, and of
+    the reward against the KL that it costs."""
     from matplotlib.figure import Figure                # slow to import, so only when needed
-    lines = [json.loads(line) for line in open(out / "metrics.jsonl")]
+    lines = [json.loads(line) for line in open(args.out / "metrics.jsonl")]
     lines = [line for line in lines if line["phase"] == "finetune"]
-    panels = [["reward", "best", "exact_reward", "best_reward", "pretrained_reward"],
-              ["reward_std"],
-              ["kl", "exact_kl"], ["clip_fraction", "grad_norm"]]
+    panels = [["reward", "best", "exact_reward", "optimum_reward", "pretrained_reward"],
+              ["reward"], ["kl", "exact_kl"], ["reward_std"], ["clip_fraction", "grad_norm"]]
     usual = {"phase", "iter", "queries"}.union(*panels)
-    own = sorted(set().union(*lines) - usual)           # the task's own columns
-    panels[1] = own or panels[1]
-    figure = Figure(figsize=(10, 6))
-    for axis, keys in zip(figure.subplots(2, 2, sharex=True).flat, panels):
+    panels.append(sorted(set().union(*lines) - usual))  # the task's own columns
+    figure = Figure(figsize=(13, 6))
+    figure.suptitle(f"{args.task}, {args.algo}, beta {args.beta:g}")
+    for i, (axis, keys) in enumerate(zip(figure.subplots(2, 3).flat, panels)):
+        x, label, style = "queries", "rewards asked", ".-"
+        if i == 1:
+            x, label, style = "kl", "KL to the pre-trained model, nats", "."
         for key in keys:
-            points = [(line["queries"], line[key]) for line in lines if key in line]
-            if points:
-                axis.plot(*zip(*points), ".-", ms=3, label=key.replace("_", " "))
-        axis.set_xlabel("rewards asked")
-        axis.legend()
+            points = [(line[x], line[key]) for line in lines if key in line] or [(0, math.nan)]
+            axis.plot(*zip(*points), style, ms=3, label=key.replace("_", " "))
+        axis.set_xlabel(label)
+        if keys:
+            axis.legend()
     figure.tight_layout()
-    figure.savefig(out / "curve.png", dpi=110)
+    figure.savefig(args.out / "curve.png", dpi=110)
 
 
 def histograms(drawn, file):
     from matplotlib.figure import Figure
     figure = Figure()
     axis = figure.subplots()
-    for name, (_, values) in drawn.items():
-        axis.hist(values, bins=30, alpha=0.6, label=f"{name}: mean {sum(values) / len(values):.3f}")
+    values = [rewards for _, rewards in drawn.values()]
+    labels = [f"{name}: mean {sum(v) / len(v):.3f}" for name, v in zip(drawn, values)]
+    axis.hist(values, bins=30, label=labels)            # in the same bins
     axis.set_xlabel("reward")
     axis.legend()
     figure.savefig(file, dpi=110)

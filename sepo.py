@@ -347,6 +347,6 @@ def ground_truth(process, reference, reward, length, beta, steps=None):
         value = (p * R).sum().item()
         kl = (torch.xlogy(p, p) - p * log_ref).sum().item()
         share = 1 - (optimum - value + beta * kl) / room
-        return dict(exact_reward=value, exact_kl=kl, share_of_optimum=share, best_reward=best,
+        return dict(exact_reward=value, exact_kl=kl, share_of_optimum=share, optimum_reward=best,
                     pretrained_reward=value_ref)
     return evaluate

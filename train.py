@@ -2,7 +2,7 @@
 
     python train.py --task=toy                      # under a minute on two CPU cores
     python train.py --task=toy --resume             # continue a stopped run, to the same numbers
-    python train.py --task=dna --data=mine.fa --reward=my_reward.py:score --length=80 --crop
+    python train.py --data=mine.fa --reward=my_reward.py:score
     torchrun --nproc_per_node=4 train.py --task=dna --prompts=4
 
 A run writes to out/<task>: config.json, metrics.jsonl, curve.png, report.json, pretrained.pt,
@@ -16,6 +16,7 @@ import os
 import random
 import sys
 import time
+import zlib
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
@@ -78,7 +79,8 @@ def main(argv=None):
 def run(args):
     device, autocast = setup(args)
     torch.manual_seed(args.seed)                        # the same initial weights on every process
-    task = open_task(args.task, args.length, args.data, args.pad, args.crop, args.reward)
+    task = open_task(args.task, args.length, args.data, args.pad, args.crop, args.reward,
+                     args.format)
     process = CHAINS[args.process](task.vocab_size)
 
     # a new network, or one that was pre-trained before
@@ -95,20 +97,20 @@ def run(args):
     data = task.data(args.data_size, torch.Generator().manual_seed(args.seed)).to(device)   # [n, L]
     if task.given and (args.explore or args.algo == "wdce"):
         raise BadInput("--explore and --algo=wdce are for tasks without prompts")
+    is_exact = task.given is None and process.is_small(task.length, args.steps)
     if MASTER:
-        n_rewards = args.iters * args.prompts * args.group
-        print(f"{task.name}: {len(data):,} sequences of {task.length} letters {task.alphabet!r}; "
-              f"asks for {n_rewards:,} rewards, besides evaluations; {device}; "
-              f"results in {args.out}",
-              file=sys.stderr)
+        announce(args, task, data, device, len(task.alphabet) ** task.length if is_exact else 0)
     known = read_known(task, args.known, args.group) if args.known else []
     two = data[:2].unique(dim=0)
-    checked = [] if args.resume else ask(task, two).tolist()        # an error costs less than later
+    if not args.resume:                                 # an error costs less now than later
+        checked = ask(task, two, args.on_error).tolist()
+        task.measure(two)
     open_out_dir(args)
-    paid = Paid(args.out / "rewards.jsonl", RANK)
-    paid.reward_of |= zip(task.strings(two), checked)
-    paid.ask(task, two, stage="check")
-    for rollout in known:                               # nor is what is known already
+    paid = Paid(args.out / "rewards.jsonl", RANK, args.on_error)
+    if not args.resume:
+        paid.reward_of |= zip(task.strings(two), checked)
+        paid.ask(task, two, stage="check")
+    for rollout in known:                               # is not asked again, either
         paid.reward_of |= zip(task.strings(rollout.tokens), rollout.reward.flatten().tolist())
     if not source:
         pretrain(args, task, process, model, data)
@@ -118,7 +120,7 @@ def run(args):
     model.eval()                                        # no dropout: the ratio must start at 1
     reference = compiled(args, deepcopy(model).requires_grad_(False))
     exact = None                                        # ground truth, where the space is small
-    if MASTER and task.given is None and process.is_small(task.length, args.steps):
+    if MASTER and is_exact:
         reward = partial(paid.ask, task, stage="optimum")
         exact = sepo.ground_truth(process, reference, reward, task.length, args.beta, args.steps)
     try:
@@ -132,6 +134,20 @@ def run(args):
         if args.report_samples:
             sample.report(args, task, process, exact, reference, model, paid)
         print(f"results are in {args.out}; next: python sample.py --run={args.out} --compare")
+
+
+def announce(args, task, data, device, n_optimum):
+    """What the run is, and what it will cost, before anything is paid."""
+    reward = os.path.relpath(args.reward) if args.reward else f"the one built into {args.task}"
+    rollouts = args.iters * args.prompts * args.group
+    evaluations = 256 * (args.iters // args.eval_every) if task.given else 0
+    counts = {"in rollouts": rollouts, "in evaluations": evaluations,
+              "for the exact optimum": n_optimum, "in the report": 29 * args.report_samples // 4}
+    cost = ", ".join(f"{n:,} {where}" for where, n in counts.items() if n)
+    print(f"task {args.task}: {len(data):,} sequences of {task.length} letters {task.alphabet!r}\n"
+          f"reward: {reward}, asked for at most {sum(counts.values()) + 2:,} samples: {cost}\n"
+          f"method {args.algo}, beta {args.beta:g}; {device}; results in {args.out}",
+          file=sys.stderr)
 
 
 def load_pretrained(file, args, task, autocast):
@@ -259,7 +275,7 @@ def advise(args, reward):
               "a larger --group would teach more", file=sys.stderr)
     elif args.beta > spread or args.beta < spread / 100:
         print(f"warning: the rewards of the first rollout spread by {spread:.3g}, and one nat of "
-              f"KL costs --beta={args.beta:g}: try {spread / 10:.2g} to {spread / 2:.2g}",
+              f"KL costs --beta={args.beta:g}: try {spread / 4:.2g} to {spread / 2:.2g}",
               file=sys.stderr)
 
 
@@ -451,7 +467,9 @@ def flags_of(args):
     """The flags that make a run what it is; they are in its config.json and in its models."""
     passing = ("resume", "overwrite", "out")
     flags = {name: value for name, value in vars(args).items() if name not in passing}
-    return flags | dict(processes=WORLD_SIZE)
+    code = Path((args.reward or "").rpartition(":")[0])
+    reward_hash = zlib.crc32(code.read_bytes()) if code.is_file() else None
+    return flags | dict(processes=WORLD_SIZE, reward_hash=reward_hash)
 
 
 def open_out_dir(args):
@@ -467,6 +485,7 @@ def open_out_dir(args):
                      "curve.png"):
             (args.out / name).unlink(missing_ok=True)
         (args.out / "metrics.jsonl").write_text("")
+    if MASTER:                                          # --resume may change --iters
         writing = args.out / "config.part"
         writing.write_text(json.dumps(flags_of(args), indent=2) + "\n")
         os.replace(writing, args.out / "config.json")   # whole, or not there
@@ -505,25 +524,33 @@ def end_iteration(args, task, phase, i, total, state):
         save(last, dict(phase=phase, iter=i + 1, log_size=log_size, **parts))
         if phase == "finetune":
             save_model(args, task, state["model"], "finetuned.pt")
-            sample.plot_curve(args.out)
+            sample.plot_curve(args)
 
 
 def save_model(args, task, model, name):
     """A model with all that sample.py needs to know of its run."""
     prompts = task.prompts(task.held_out(256, args.seed))
     save(args.out / name, dict(model=model.state_dict(), config=vars(model.config),
-                               flags=flags_of(args), alphabet=task.alphabet, prompts=prompts))
+                               flags=flags_of(args) | dict(pad=task.pad), alphabet=task.alphabet,
+                               prompts=prompts))
 
 
 def save(file, checkpoint):
     """Write under a temporary name, then rename: a kill at any moment leaves the last good file."""
     if MASTER:
         writing = file.with_suffix(".part")
-        torch.save(checkpoint, writing)
+        try:
+            torch.save(checkpoint, writing)
+        except RuntimeError as error:                   # what torch makes of a full disk
+            raise OSError(f"{writing} cannot be written: {error}") from None
         os.replace(writing, file)
 
 # -----------------------------------------------------------------------------
 # flags
+
+def stop_or_value(text):
+    return None if text == "stop" else number(float, -math.inf)(text)
+
 
 def get_parser():
     epilog = "defaults that depend on task, process or method:"
@@ -535,21 +562,27 @@ def get_parser():
     count, positive, weight = number(int, 0), number(int, 1), number(float, 0)
 
     add = parser.add_argument_group("the run").add_argument
-    add("--task", choices=list(TASKS), default="toy", help="what to learn")
+    add("--task", choices=[*TASKS, "own"], help="what to learn; own: the alphabet "
+        "and the sequences of --data, and --reward (default: own with --data, else toy)")
     add("--out", type=Path, help="folder for the results (default: out/<task>)")
     add("--seed", type=count, default=0, help="seed of every random draw")
-    add("--resume", action="store_true", help="continue the run in --out with its own flags")
+    add("--resume", action="store_true", help="continue the run in --out with its own flags; also "
+        "one that has ended, with a larger --iters")
     add("--overwrite", action="store_true", help="replace the run in --out")
     add("--save_every", type=count, default=30, help="seconds between two saves of last.pt")
 
     add = parser.add_argument_group("your own data, reward and model").add_argument
-    add("--data", type=os.path.abspath, help="file to pre-train on: FASTA or one sequence per "
-        "line; for --task=text one running text, unless --pad or --crop is given; .gz too")
-    add("--length", type=count, default=0, help="sequence length (0: the task's)")
-    add("--pad", default="", help="letter that fills up short sequences of --data")
+    add("--data", type=os.path.abspath, help="file to pre-train on, .gz too; needs --reward; about "
+        "5%% of it is held out")
+    add("--format", choices=["", "lines", "fasta", "text"], default="", help="of --data: one "
+        "sequence per line, FASTA, or one running text (empty: FASTA if it begins with >, or lines)")
+    add("--length", type=count, default=0, help="sequence length (0: the task's; own: the longest)")
+    add("--pad", default="", help="letter that fills up short sequences of --data; own chooses one")
     add("--crop", action="store_true", help="cut random windows from long sequences of --data")
     add("--reward", type=os.path.abspath, help="file.py:function, list[str] -> list[float]; the "
         "file's measure, list[str] -> {column: number}, adds columns to the report")
+    add("--on_error", type=stop_or_value, default="stop", help="stop, or the reward of a sample for "
+        "which the reward raises or returns None, NaN or infinity")
     add("--init", type=os.path.abspath, help="a pretrained.pt or finetuned.pt to start from: no "
         "pre-training, and the network has its size")
 
@@ -600,7 +633,7 @@ def get_parser():
     add("--clip_mode", choices=["stop", "cap"], default="stop",
         help="stop: PPO's clip; cap: SEPO's own, a capped and detached coefficient")
     add("--beta", type=weight, default=0.1, help="KL weight: how much reward one nat of KL must "
-        "bring; try a tenth to a half of the spread of your rewards")
+        "bring; try a quarter to a half of the spread of your rewards")
     add("--replay", type=count, default=7, help="rounds of updates on remembered rollouts per new "
         "one, each along new paths; costs no reward")
     add("--known", type=os.path.abspath, help="samples with known rewards to learn from: CSV or "
@@ -613,14 +646,17 @@ def get_parser():
 
     add = parser.add_argument_group("evaluation").add_argument
     add("--eval_every", type=positive, default=10, help="rollouts between evaluations")
-    add("--report_samples", type=count, default=1000, help="samples per model in the final report, "
-        "at most the held-out ones; 0: no report")
+    add("--report_samples", type=count, help="samples per model in the final report, at most the "
+        "held-out ones; 0: no report (default: 1000; with --reward so many that it asks at most a "
+        "tenth of the rewards of the rollouts)")
     return parser
 
 
 def parse_args(argv=None):
     """Flags; defaults depend on task, process and algorithm, or on the run to resume."""
     parser = get_parser()
+    args = parser.parse_args(argv)
+    parser.set_defaults(task="own" if args.data else "toy")
     args = parser.parse_args(argv)
     out = args.out or Path("out") / args.task
     config = out / "config.json"
@@ -632,17 +668,27 @@ def parse_args(argv=None):
     for choice in ("task", "process", "algo"):          # a task may choose a method
         parser.set_defaults(**DEFAULTS.get(getattr(args, choice), {}))
         args = parser.parse_args(argv)
+    rewards = args.iters * args.prompts * args.group
+    parser.set_defaults(report_samples=rewards // 290 * 4 if args.reward else 1000)
     parser.set_defaults(out=out, **fixed)               # flags that must stay as they were
     args = parser.parse_args(argv)
     for name, value in flags_of(args).items():
-        if args.resume and name != "save_every" and fixed.get(name) != value:
-            parser.error(f"{name}={value}: the run in {out} has {fixed.get(name)}")
+        if not args.resume or name in ("save_every", "iters") or fixed.get(name) == value:
+            continue
+        if name == "reward_hash":
+            parser.error("--resume: the file of --reward has changed since the run began, and old "
+                         "and new rewards do not mix: undo the change, or start anew with "
+                         "--overwrite, which keeps what was paid for in rewards.old.jsonl")
+        parser.error(f"{name}={value}: the run in {out} has {fixed.get(name)}")
     check_combinations(parser, args)
     return args
 
 
 def check_combinations(parser, args):
     for wrong, message in [
+        (args.data and not args.reward, "--data needs --reward=file.py:function: the rewards of "
+         "the tasks are made for their own sequences"),
+        (args.task == "own" and not args.data, "--task=own needs --data and --reward"),
         (args.device == "cuda" and not torch.cuda.is_available(),
          "--device=cuda: torch sees no CUDA device; use --device=cpu"),
         (args.prompts % WORLD_SIZE or args.pretrain_batch % WORLD_SIZE,

@@ -2,9 +2,11 @@
 
 Read first test_a_faulty_reward_is_told_which_sample, for what a black box may return."""
 import gzip
+import io
 import itertools
 import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -379,13 +381,15 @@ def test_half_of_the_sums_are_wrong_in_one_digit():
     assert task.decode(task.prompts(task.encode(["12+34=046"]))) == ["12+34=___"]
 
 
-@pytest.mark.parametrize("string, slots", [
-    ("house garden", 11), ("garden house", 11), ("house house ", 5), ("houses gard ", 0),
-    ("the cat sat ", 0), ("HOUSE ......", 5), ("            ", 0)])
-def test_the_reward_of_a_text_counts_distinct_known_words_of_four_letters(string, slots):
-    """12 slots; the text knows house, garden, the, cat and sat."""
-    known = rewards.words_of("The cat sat in the garden, House.")
-    assert rewards.share_of_words([string], known, 12) == [pytest.approx(slots / 12)]
+def test_the_reward_of_a_text_counts_distinct_known_words_of_four_letters(monkeypatch):
+    """The text knows house, garden, and words of three letters, which do not count."""
+    content = "the cat sat in the garden, the house. "
+    monkeypatch.setattr(rewards, "corpus", lambda: content * 10)
+    task = TASKS["text"](12)
+    expected = {"house garden": 11, "garden house": 11, "house house ": 5, "houses garde": 0,
+                "the cat sat ": 0, "house ......": 5, "            ": 0}
+    values = ask(task, task.encode(list(expected)))
+    assert values.tolist() == pytest.approx([n / 12 for n in expected.values()])
 
 
 def test_a_text_cannot_be_gamed_by_a_word_over_and_over():
@@ -496,7 +500,7 @@ def test_a_pad_joins_the_alphabet_and_the_reward_does_not_see_it(tmp_path):
 def test_a_pad_that_occurs_in_the_data_is_refused(tmp_path):
     """Its copies would vanish from the samples: [O-] would become [O]."""
     with pytest.raises(BadInput, match="--pad=- is a letter of .*: choose another"):
-        open_task("text", 4, write(tmp_path, "[O-]\nCC\n"), "-")
+        open_task("own", 4, write(tmp_path, "[O-]\nCC\n"), "-")
 
 
 def test_dna_itself_can_be_padded(tmp_path):
@@ -510,7 +514,7 @@ def test_windows_of_a_genome_avoid_foreign_letters_and_say_so(tmp_path, capsys):
     left, right = ("".join(rng.choices("ACGT", k=100)) for _ in range(2))
     file = write(tmp_path, f">chr\n{left}\nNNNNNR\n{right}\n".lower(), "g.fa.gz")
     task = open_task("dna", 8, file, crop=True)
-    assert "windows avoid 6 foreign letters" in capsys.readouterr().err
+    assert "windows that avoid 6 foreign letters" in capsys.readouterr().err
     drawn = set(task.decode(task.data(2000)))
     assert drawn and all(s in left or s in right for s in drawn)
     with pytest.raises(BadInput, match="'N' at position 101 of sequence 1 of .*avoids N"):
@@ -519,14 +523,8 @@ def test_windows_of_a_genome_avoid_foreign_letters_and_say_so(tmp_path, capsys):
 
 def test_crop_makes_sequences_of_a_list_for_text(tmp_path):
     file = write(tmp_path, "\n".join(["C1CCCCC1", "CCO-CC=O"] * 20))
-    task = open_task("text", 8, file, crop=True)
+    task = open_task("own", 8, file, crop=True)
     assert set(task.decode(task.data(50))) == {"C1CCCCC1", "CCO-CC=O"}
-
-
-def test_the_texts_own_reward_does_not_see_the_pad(tmp_path):
-    task = open_task("text", 12, write(tmp_path, "the cats sat\nupon a mat\n"), "-")
-    assert ask(task, task.encode(["upon a mat--"])).item() == pytest.approx(4 / 12)
-    assert task.samples(task.encode(["upon a mat--"])) == ["upon a mat"]
 
 
 def test_a_reward_file_may_define_columns_of_the_report(tmp_path):
@@ -560,24 +558,41 @@ def test_a_file_of_sums_is_held_out_by_prompt_and_may_be_padded(tmp_path):
     assert all(s.endswith("=___") for s in train) and task.vocab_size == 13
 
 
-def test_a_text_brings_its_own_alphabet_and_words(tmp_path):
+def test_a_running_text_brings_its_own_alphabet(tmp_path):
     content = "Zwölf_Boxkämpfer jagen\nViktor quer über den Sylter Deich. " * 10
-    task = open_task("text", 12, write(tmp_path, content))
+    task = open_task("own", 12, write(tmp_path, content), format="text")
     assert set(task.alphabet) == set(content) - {"\n"} and task.blank == "?"
-    assert ask(task, task.encode(["jagen Viktor"])).item() == pytest.approx(11 / 12)
     assert all(len(s) == 12 for s in task.decode(task.data(100))) and task.held is None
+    assert open_task("own", 0, write(tmp_path, content), format="text").length == 64
 
 
-def test_text_with_a_pad_is_one_sequence_per_line(tmp_path):
-    task = open_task("text", 6, write(tmp_path, "MKV\nMKVLAA\n"), "-")
-    assert sorted(task.alphabet) == sorted("MKVLA-") and rows(task)[0] == ["MKV---", "MKVLAA"]
+def test_without_a_task_letters_length_and_pad_are_what_the_file_needs(tmp_path, capsys):
+    task = open_task("own", 0, write(tmp_path, "MKV\nMKVLAA\nacgu\n"))
+    assert sorted(task.alphabet) == sorted("MKVLAacgu-") and task.pad == "-" and task.length == 6
+    assert rows(task)[0] == ["MKV---", "MKVLAA", "acgu--"]
+    assert "3 sequences, 0 held out; short ones are filled up with -" in capsys.readouterr().err
+    task = open_task("own", 0, write(tmp_path, "[O-]\nCC*\n"))
+    assert task.pad == "." and open_task("own", 0, write(tmp_path, "ab\nba\n")).pad == ""
+    lines = "\n".join(map("".join, itertools.product("ACGU", repeat=4)))
+    task = open_task("own", 0, write(tmp_path, lines))
+    n_held = len(task.held(1000))
+    assert f"256 sequences, {n_held} held out\n" in capsys.readouterr().err
+    with pytest.raises(BadInput, match="--task=own takes its letters from a file: give --data"):
+        open_task("own", reward="x.py:f")
+
+
+def test_the_format_of_a_file_can_be_named(tmp_path):
+    file = write(tmp_path, ">a\nbc\nd >\n")
+    assert rewards.read_sequences(file) == rewards.read_sequences(file, "fasta") == ["bcd>"]
+    assert rewards.read_sequences(file, "lines") == [">a", "bc", "d >"]
+    assert rewards.read_sequences(file, "text") == [">a bc d >"]
 
 
 @pytest.mark.parametrize("content, more, message", [
     ("ACGT\nACG\n", {}, "sequence 2 of .* has 3 letters, the task 4 slots: fill up with --pad=-"),
     ("ACGT\nACGTA\n", {}, "sequence 2 of .* has 5 letters, .* cut windows with --crop"),
     ("ACG\nAC\n", dict(crop=True), "no sequence has 4 known letters in a row"),
-    ("@read\nACGT\n+\nFFFF\n", {}, "data.txt is not in 'ACGT': --data is FASTA or one sequence"),
+    ("@read\nACGT\n+\nFFFF\n", {}, "data.txt is not in 'ACGT': without --task the alphabet is"),
     (">x\nACGT\n>y\nAC\nXT\n", {}, "'X' at position 3 of sequence 2 of .*data.txt is not in 'ACGT'"),
     ("ACGT\nACGTA\n", dict(pad="-"), "sequence 2 of .* has 5 letters"),
     (">x\nACGT\n>y\n>z\nACGT\n", {}, "sequence 2 of .*data.txt has 0 letters"),
@@ -607,7 +622,7 @@ def test_missing_and_damaged_files_and_flags_that_need_one(tmp_path):
         open_task("arithmetic", 7)
     assert open_task("toy", 7).data(3).shape == (3, 7)
     with pytest.raises(BadInput, match="no sequence has 48 known letters"):
-        open_task("text", 0, write(tmp_path, "short"))
+        open_task("own", 48, write(tmp_path, "short"), format="text")
 
 
 def test_a_reward_from_a_file_may_import_its_neighbours(tmp_path):
@@ -639,3 +654,57 @@ def test_what_a_reward_file_raises_is_passed_on(code, error, tmp_path):
     (tmp_path / "own.py").write_text(code)
     with pytest.raises(error):
         open_task("toy", reward=f"{tmp_path / 'own.py'}:score")
+
+
+@pytest.mark.parametrize("body, message", [
+    ("samples.sort()\n    return [len(s) for s in samples]", "the reward changed its list of samples"),
+    ("samples.pop()\n    return [1]", "the reward changed its list of samples"),
+    ("return {s: 1 for s in samples}", "must return one number per sample")])
+def test_a_reward_that_changes_its_list_is_refused(body, message, tmp_path):
+    (tmp_path / "own.py").write_text(f"def score(samples):\n    {body}\n")
+    task = open_task("toy", reward=f"{tmp_path / 'own.py'}:score")
+    with pytest.raises(BadInput, match=message):
+        ask(task, task.encode(["TTTTTT", "AAAAAA"]))
+
+
+def test_what_a_reward_prints_goes_to_standard_error(tmp_path, capsys):
+    (tmp_path / "own.py").write_text("print('loaded')\ndef score(samples):\n    print('asked')\n"
+                                     "    return [len(s) for s in samples]\n")
+    task = open_task("toy", reward=f"{tmp_path / 'own.py'}:score")
+    ask(task, task.encode(["TTTTTT"]))
+    assert tuple(capsys.readouterr()) == ("", "loaded\nasked\n")
+
+
+def test_on_error_is_the_reward_of_samples_whose_reward_fails(tmp_path):
+    """Only theirs: a batch that raises is asked again, sample by sample."""
+    def reward(samples):
+        return [None if s[0] == "A" else math.nan if s[0] == "C" else 1 / (s[0] != "G") for s in samples]
+    task = replace(TASKS["toy"](), reward=lambda tokens: reward(task.samples(tokens)))
+    x = task.encode(["AAAAAA", "TTTTTT", "CAAAAA", "GAAAAA"])
+    assert ask(task, x, on_error=-5.0).tolist() == [-5, 1, -5, -5]
+    assert ask(task, x[:3], on_error=0.0).tolist() == [0, 1, 0]
+    with pytest.raises(ZeroDivisionError):
+        ask(task, x)
+    with pytest.raises(BadInput, match="the reward of sample 0, 'AAAAAA', is None: a finite number"):
+        ask(task, x[:3])
+    paid = rewards.Paid(tmp_path / "rewards.jsonl", on_error=-5.0)
+    assert paid.ask(task, x).tolist() == [-5, 1, -5, -5]
+
+
+def test_an_exception_of_the_users_own_is_never_a_line_of_ours():
+    def reward(tokens):
+        raise FileNotFoundError("scores.csv")
+    with pytest.raises(RuntimeError, match="the reward raised an exception") as error:
+        ask(replace(TASKS["toy"](), reward=reward), torch.zeros(1, 6))
+    assert isinstance(error.value.__cause__, FileNotFoundError)
+
+
+def test_rewards_that_cannot_be_written_are_told(tmp_path, monkeypatch):
+    """A full disk takes a part of a write and says so by its size alone."""
+    class Full(io.BytesIO):
+        def write(self, text):
+            return super().write(text[:10])
+    monkeypatch.setattr(rewards, "open", lambda *_, **__: Full(), raising=False)
+    task = TASKS["toy"]()
+    with pytest.raises(OSError, match="rewards.jsonl cannot be written: is the disk full"):
+        rewards.Paid(tmp_path / "rewards.jsonl").ask(task, task.encode(["TTTTTT"]))

@@ -627,7 +627,7 @@ def test_share_of_optimum_is_zero_for_the_reference_and_one_at_the_optimum(beta)
     tilted = (log_ref + some_reward(sequences(3, 3)) / max(beta, 1e-3)).softmax(0).float()
     best = exact(posterior_table(tilted, 3, 3))
     assert best["share_of_optimum"] == pytest.approx(1, abs=1e-3)
-    assert best["exact_reward"] == pytest.approx(best["best_reward"], abs=1e-3)
+    assert best["exact_reward"] == pytest.approx(best["optimum_reward"], abs=1e-3)
 
 
 def unlikely_letter(bias):
@@ -646,7 +646,7 @@ def test_the_optimum_knows_what_float32_cannot():
     reference = unlikely_letter(100)
     for beta, best in ((0.005, 0), (0.002, 1)):
         exact = sepo.ground_truth(process, reference, reward, 3, beta)
-        assert exact(reference)["best_reward"] == pytest.approx(best, abs=1e-6)
+        assert exact(reference)["optimum_reward"] == pytest.approx(best, abs=1e-6)
         assert exact(reference)["share_of_optimum"] == pytest.approx(1 - best, abs=1e-6)
     x = sequences(3, 3)
     tilted = torch.zeros(27, dtype=torch.double)

@@ -109,7 +109,7 @@ def test_every_line_of_metrics_holds_what_it_should(toy):
     assert [(line["iter"], line["queries"]) for line in fine] == [(i, 8 * i) for i in range(1, 5)]
     always = {"reward", "reward_std", "kl", "clip_fraction", "grad_norm"}
     assert all(always <= set(line) for line in fine)
-    exact = {"exact_reward", "exact_kl", "share_of_optimum", "best_reward"}
+    exact = {"exact_reward", "exact_kl", "share_of_optimum", "optimum_reward"}
     assert [exact <= set(line) for line in fine] == [False, True, False, True]
     assert {"loss", "held_out_loss"} <= set(lines(toy[0], "pretrain")[-1])
 
@@ -177,10 +177,10 @@ def test_own_data_and_reward_and_a_start_from_a_saved_model(tmp_path, monkeypatc
     Path("mine.fa").write_text("".join(f">{i}\n{'ACGT'[i % 4] * 7}\n" for i in range(40)))
     Path("my_reward.py").write_text("def score(samples):\n"
                                     "    return [s.count('G') / 7 for s in samples]\n")
-    data = ["--task=dna", "--data=mine.fa", "--length=7"]
+    data = ["--task=dna", "--data=mine.fa", "--reward=my_reward.py:score", "--length=7"]
     train.main([*data, "--out=a", *TINY])
     init = [*data, "--init=a/pretrained.pt", "--iters=2", "--group=8", "--report_samples=9"]
-    train.main([*init, "--out=b", "--reward=my_reward.py:score"])
+    train.main([*init, "--out=b"])
     capsys.readouterr()
     assert [line["phase"] for line in lines(Path("b"))] == ["finetune"] * 2
     a, b = weights(Path("a"), "pretrained"), weights(Path("b"), "pretrained")
@@ -196,7 +196,7 @@ def test_own_data_and_reward_and_a_start_from_a_saved_model(tmp_path, monkeypatc
             ([*data, "--init=a/pretrained.pt", "--process=uniform"], "holds a model of"),
             ([*data, "--pad=N", "--init=a/pretrained.pt"], "holds a model of"),
             (["--init=none.pt"], "none.pt is missing"),
-            (["--init=mine.fa"], "mine.fa is missing, damaged or not a checkpoint"),
+            (["--init=mine.fa"], "mine.fa is damaged or not a checkpoint"),
             (["--init=bare.pt"], "is not a model of train.py")):
         fails(train.main, ["--out=c", *args], message, capsys)
         assert not Path("c/config.json").exists()
@@ -357,6 +357,9 @@ def test_known_rewards_are_learned_from_before_anything_is_asked(tmp_path, monke
     (["--algo=loop", "--clip_mode=cap"], "--clip_mode is for --algo=sepo"),
     (["--algo=published", "--process=uniform"], "--algo=published needs --process=absorb"),
     (["--algo=published", "--micro_batch=2"], "--algo=published has no --micro_batch"),
+    (["--data=x.txt"], "--data needs --reward=file.py:function"),
+    (["--task=own"], "--task=own needs --data and --reward"),
+    (["--on_error=go"], "argument --on_error: invalid stop_or_value value: 'go'"),
     (["--device=cuda"], "sees no CUDA device"),
     (["--resume"], "holds no run")])
 def test_bad_flags_get_a_short_message_and_status_2(args, message, tmp_path, capsys):
@@ -380,6 +383,23 @@ def test_every_flag_is_explained_with_its_default():
     assert re.search(r"uniform: .*--iters=300", shown) and re.search(r"toy: .*--n_embd=64", shown)
 
 
+def test_the_start_says_which_reward_is_asked_and_how_often(tmp_path, capsys):
+    """Rewards: two before all, 4 rollouts of 8, the optimum of the toy, 3 n + 17 n/4 in the report."""
+    run(tmp_path / "a", task="toy")
+    err = capsys.readouterr().err
+    assert "reward: the one built into toy, asked for at most 4,275 samples: " in err
+    assert "32 in rollouts, 4,096 for the exact optimum, 145 in the report" in err
+    assert f"method sepo, beta 0.1; cpu; results in {tmp_path / 'a'}" in err
+    (tmp_path / "own.py").write_text("def score(samples): return [len(set(s)) for s in samples]\n")
+    (tmp_path / "data.txt").write_text("\n".join(["AB" * 5, "BA" * 5, "CCCCCAAAAA"] * 10))
+    args = [f"--data={tmp_path / 'data.txt'}", f"--reward={tmp_path / 'own.py'}:score", *TINY[:-1]]
+    train.main([*args, f"--out={tmp_path / 'b'}", "--group=80"])
+    err = capsys.readouterr().err
+    assert "own.py:score, asked for at most 351 samples: 320 in rollouts, 29 in the report" in err
+    paid = [line for line in paid_lines(tmp_path / "b") if line.get("stage", "").startswith("report")]
+    assert 0 < len(paid) <= 29
+
+
 def test_another_run_in_the_folder_is_refused(toy, capsys):
     before = (toy[0] / "metrics.jsonl").read_text()
     fails(train.main, [f"--out={toy[0]}", *TINY], "holds another run", capsys)
@@ -396,6 +416,46 @@ def test_a_finished_run_forgets_what_was_logged_after_the_save(toy, tmp_path):
     assert lines(out) == lines(toy[0])
 
 
+def test_a_finished_run_asks_nothing_again_and_can_be_carried_on(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(Absorbing, "is_small", lambda *_: False)
+    set_two(monkeypatch, lambda x: asked.extend(map(tuple, x.tolist())) or (x == 1).float().mean(1), "ACGT", 6)
+    run(tmp_path)
+    n = len(asked)
+    train.main(["--task=two", f"--out={tmp_path}", "--resume"])
+    assert len(asked) == n
+    train.main(["--task=two", f"--out={tmp_path}", "--resume", "--iters=7"])
+    assert [line["iter"] for line in lines(tmp_path, "finetune")] == list(range(1, 8))
+    assert json.loads((tmp_path / "config.json").read_text())["iters"] == 7
+    assert len(asked) == len(set(asked)) > n
+
+
+def test_an_edited_reward_file_is_not_resumed(tmp_path, capsys):
+    file = tmp_path / "own.py"
+    file.write_text("def score(samples): return [len(set(s)) for s in samples]\n")
+    args = [f"--reward={file}:score", f"--out={tmp_path / 'run'}"]
+    run(tmp_path / "run", args[0])
+    train.main(["--task=two", *args, "--resume"])
+    file.write_text("def score(samples): return [len(s) for s in samples]\n")
+    fails(train.main, ["--task=two", *args, "--resume"], "the file of --reward has changed .*"
+          "--overwrite, which keeps what was paid for in rewards.old.jsonl", capsys)
+
+
+@pytest.mark.parametrize("full", ["last.part", "finetuned.part", "metrics.jsonl"])
+def test_a_full_disk_is_a_line(full, tmp_path, monkeypatch, capsys):
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full here")
+    open_out_dir = train.open_out_dir
+
+    def fill(args):
+        open_out_dir(args)
+        (tmp_path / full).unlink(missing_ok=True)
+        (tmp_path / full).symlink_to("/dev/full")
+    monkeypatch.setattr(train, "open_out_dir", fill)
+    err = fails(train.main, ["--task=two", f"--out={tmp_path}", *TINY], "train.py: .*(cannot be written|No space)", capsys)
+    assert "Traceback" not in err
+
+
 def test_learning_rate_is_lr(tmp_path):
     assert train.parse_args([f"--out={tmp_path / 'x'}", "--learning_rate=0.5"]).lr == 0.5
 
@@ -406,12 +466,22 @@ def test_equal_rewards_are_noticed(tmp_path, monkeypatch, capsys):
     assert "warning: more than 90% of the first rollout's rewards are equal" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("beta, is_told", [(0.04, True), (0.06, False), (4, False), (6, True)])
+def test_a_beta_that_cannot_work_is_noticed(beta, is_told, capsys):
+    """The rewards 0 and 10 deviate by 5 from their mean: beta is to be between a hundredth of it
+    and all of it; better between a quarter and a half."""
+    train.advise(train.parse_args([f"--beta={beta}", "--out=nowhere"]), torch.tensor([[0.0, 10.0]]))
+    err = capsys.readouterr().err
+    assert ("the first rollout spread by 5, and one nat of KL costs "
+            f"--beta={beta:g}: try 1.2 to 2.5" in err) == is_told
+
+
 def test_a_run_folder_stands_by_itself(tmp_path, capsys):
     """Alphabet, pad and length are in the checkpoint; without data and reward: no scores."""
     (tmp_path / "own.py").write_text("def score(s): return [len(x) for x in s]\n")
     (tmp_path / "data.txt").write_text("\n".join(["MKV", "MKVLA", "LLA"] * 5))
-    run(tmp_path / "out", f"--data={tmp_path / 'data.txt'}", "--pad=-", "--length=5",
-        f"--reward={tmp_path / 'own.py'}:score", task="text")
+    run(tmp_path / "out", f"--data={tmp_path / 'data.txt'}",
+        f"--reward={tmp_path / 'own.py'}:score", task="own")
     for gone in ("own.py", "data.txt"):
         (tmp_path / gone).unlink()
     capsys.readouterr()
@@ -602,7 +672,7 @@ def test_a_damaged_checkpoint_and_one_with_code_are_refused(toy, tmp_path, capsy
     out = tmp_path / "run"
     shutil.copytree(toy[0], out)
     (out / "last.pt").write_bytes((out / "last.pt").read_bytes()[:200])
-    fails(train.main, [f"--out={out}", "--resume"], "last.pt is missing, damaged", capsys)
+    fails(train.main, [f"--out={out}", "--resume"], "last.pt is damaged", capsys)
 
     shutil.copytree(toy[0], tmp_path / "other")
     torch.save(dict(phase="finetune", iter=2, log_size=0, model={}), tmp_path / "other" / "last.pt")
@@ -614,7 +684,7 @@ def test_a_damaged_checkpoint_and_one_with_code_are_refused(toy, tmp_path, capsy
         def __reduce__(self):
             return os.system, (f"touch {tmp_path / 'owned'}",)
     torch.save(dict(model=Evil()), out / "finetuned.pt")
-    fails(sample.main, [f"--run={out}"], "finetuned.pt is missing, damaged or not", capsys)
+    fails(sample.main, [f"--run={out}"], "finetuned.pt is damaged or not", capsys)
     assert not (tmp_path / "owned").exists()
 
 # -----------------------------------------------------------------------------
@@ -709,8 +779,8 @@ def test_the_report_says_what_it_asks_and_notes_an_exploited_reward(tmp_path, mo
     set_two(monkeypatch, lambda x: asked.extend(map(tuple, x.tolist())) or (x == 1).float().mean(1))
     run(tmp_path, "--iters=30", "--updates=8", "--lr=0.03", "--beta=0")
     printed = capsys.readouterr().out
-    assert "asks for up to 145 more rewards" in printed and len(asked) == len(set(asked)) <= 8
-    assert "is the reward being exploited?" in printed
+    assert "the report asked for 0 more rewards" in printed and len(asked) == len(set(asked)) == 8
+    assert "more alike, with much '1'" in printed and "a reward that forbids it" in printed
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["pre-trained"]["kl"] == pytest.approx(0, abs=1e-4)
     assert 1 < report["fine-tuned"]["kl"] < 5 and report["fine-tuned"]["reward"] > 0.9
@@ -782,9 +852,11 @@ def test_a_uniform_run_is_sampled_and_filmed(tmp_path, capsys):
 @pytest.mark.parametrize("args, message", [
     (["--run=nowhere"], "nowhere/finetuned.pt is missing"),
     (["--n=0"], "invalid int in .1, inf. value"), (["--which=best"], "invalid choice: 'best'"),
-    (["--movie=a.xyz"], "unknown file extension: .xyz"), (["--plot=a.xyz"], "'xyz' is not supported"),
-    (["--prompt=TC"], "--prompt=TC has 2 letters, the task 6 slots: write _ for a free slot"),
-    (["--prompt=TCX___"], "'X' at position 3"), (["--steps=-3"], "invalid int in .-1, inf. value"),
+    (["--movie=a.xyz"], "invalid name with .gif value"), (["--plot=a.x"], "invalid name with .png value"),
+    (["--prompt=TC"], "--prompt=TC has 2 letters, the task 6 slots; _ is a free slot"),
+    (["--prompt=TCTCTC"], "--prompt=TCTCTC has no free slot; _ is a free slot"),
+    (["--best=2", "--run=nowhere"], "rewards.jsonl is missing: is nowhere the folder of a run"),
+    (["--prompt=TCX___"], "'X' at position 3 of --prompt is not in 'ACGT'; _ is a free slot"), (["--steps=-3"], "invalid int in .-1, inf. value"),
     (["--compare", "--format=fasta"], "--compare prints a table")])
 def test_bad_input_of_sample_gets_a_line(args, message, toy, capsys):
     fails(sample.main, [f"--run={toy[0]}", *args], message, capsys)
