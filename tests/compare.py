@@ -6,7 +6,6 @@
     python tests/compare.py arithmetic      # every method on prompts never seen
     python tests/compare.py dna             # every method on the dna task
     python tests/compare.py beta            # dna: oracle and truth for several KL weights
-    python tests/compare.py cosines         # cosines with the true gradient, by enumeration
 
 All variants of a seed start from one pre-trained model. Runs that --out holds already are kept:
 delete them if the code has changed. The figure goes to assets/<what>.png.
@@ -187,65 +186,15 @@ def task_table(out, names, seeds):
     return "\n".join(lines)
 
 
-def cosines():
-    """The expected gradient of each estimator against autograd through the exact distribution;
-    V = 3, L = 3, a reward without structure. `path` is enumerated over all paths; the others score
-    every sample, weighted by its exact probability, in 2,000 random views or 300 draws of z."""
-    import torch
-
-    import sepo
-    from diffusion import Absorbing, MaskPath
-    from estimators import noised_view, terminal_view
-    from exact import (Table, every_path, exact_p, gradient, network, posterior_table, probability,
-                       random_law, rank, sequences)
-    V = L = 3
-    process, x = Absorbing(V), sequences(V, L)
-    given = torch.zeros(x.shape, dtype=torch.bool)
-    samples = MaskPath(x, torch.ones(x.shape), None, V)
-    print("| model | path | noised | terminal | published, exact p(y) | published, M = 2 |")
-    print("| --- | --- | --- | --- | --- | --- |")
-    models = {"random table": Table(V, L), "small network": network(V, L)}
-    for seed in range(3):
-        models[f"consistent table {seed}"] = posterior_table(random_law(V, L, seed), V, L)
-    for name, model in models.items():
-        reward = torch.randn(V ** L, generator=torch.Generator().manual_seed(1))
-        law = process.exact_law(model, L)
-        truth = gradient((law * reward).sum(), model)
-        A = reward - (law.detach() * reward).sum().float()
-        path, other = every_path(process, model, L)
-        weight = probability(path, other) * A[rank(path.tokens, V)] * len(path.tokens)
-        loss, _ = sepo.sepo_loss(process, model, sepo.draw_view(process, model, path, 0), weight)
-        gradients = [-gradient(loss, model)]
-        weight = (law.detach() * A * len(x)).float()
-        torch.manual_seed(0)
-        for view_of in (noised_view, terminal_view):
-            gradients.append(sum(-gradient(sepo.sepo_loss(
-                process, model, view_of(process, model, x, given), weight)[0], model)
-                for _ in range(2000)))
-        for p_of, draws in ((exact_p(process), 1), (sepo.importance_sampled, 300)):
-            total = 0
-            for seed in range(draws):
-                torch.manual_seed(seed)
-                old = sepo.draw_neighbours(process, model, samples, p_of)
-                torch.manual_seed(seed)                 # at theta_old: the same p(y) in both places
-                loss, _ = sepo.published_loss(process, model, old, weight, 1e9, p_of)
-                total = total - gradient(loss, model)
-            gradients.append(total)
-        shown = [f"{torch.cosine_similarity(g, truth, dim=0).item():.3f}" for g in gradients]
-        print(f"| {name} | " + " | ".join(shown) + " |", flush=True)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=[*COMPARISONS, "cosines"], help="the comparison")
+    parser.add_argument("what", choices=list(COMPARISONS), help="the comparison")
     parser.add_argument("--seeds", type=int, default=5, help="seeds 0, 1, ... (default: 5)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time")
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "compare", help="folder of runs")
     parser.add_argument("--picture", type=Path, help="the figure (default: assets/<what>.png)")
     args = parser.parse_args()
-    if args.what == "cosines":
-        return cosines()
     flags, key, variants = COMPARISONS[args.what]
     out, seeds, names = args.out / args.what, range(args.seeds), list(variants)
     tasks = {[*flags, *variants[name]][0] for name in names}

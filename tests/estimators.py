@@ -1,40 +1,615 @@
-"""Estimators that other papers use, in the frame of this project: a view and one of our losses.
+"""The published policy gradients for masked diffusion in one frame, beside the exact gradient.
 
-They score states that the sampler did not visit, so they are biased where the model's conditionals
-do not agree with one distribution (tests/test_sepo.py measures how much).
+    python tests/estimators.py table        # expected gradient, noise and cost, by enumeration
+    python tests/estimators.py curves       # what each of them learns on the toy
+
+A policy gradient for masked diffusion looks at a finished sample x, or at the path that led to it.
+It masks some of its slots, scores the tokens of some masked slots there, and multiplies what it
+finds by an advantage. So an estimator is two things:
+
+    draws   (order [L]) -> everything that it may look at: (chance, states of one sample), where a
+            state is (masked slots, scored slots, weight); order: how the sampler revealed the slots
+    loss    (process, model, view, advantages) -> scalar, one of those below
+
+On a space of 27 sequences all orders, samples and draws can be enumerated, and so the expected
+gradient of every estimator is known without noise, and its noise is, too.
 """
+import argparse
+import itertools
+import json
+import math
+import random
+import statistics
+import sys
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable
+
 import torch
 
-from diffusion import View
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import sepo  # noqa: E402
+from diffusion import Absorbing, MaskPath, View, gumbel_argmax, pick  # noqa: E402
+from exact import (Table, exact_p, gradient, network, posterior_table, random_law,  # noqa: E402
+                   rank, sequences)
+from model import Config, Denoiser  # noqa: E402
+from rewards import TASKS  # noqa: E402
+
+# -----------------------------------------------------------------------------
+# what an estimator looks at. A draw is a list of states (masked, scored, weight) of one sample.
 
 
-def noised_view(process, model, tokens, given):
-    """x_t ~ q(. | x0) at a random number of masks, all masked slots scored -> View: the likelihood
-    bound (ELBO) of finished samples [B, L] in place of their paths."""
-    x, t, masked, weight = process.mask_some(tokens, given)
-    return finished(process, model, tokens, x, t, masked, weight)
+def visited(order):
+    """The states of a path: before each event, what is still masked; the event's slot is scored."""
+    return [(order[j:], order[j:j + 1], 1.0) for j in range(len(order))]
 
 
-def terminal_view(process, model, tokens, given):
-    """The sample with one random free slot masked again (t -> 0): its pseudo-likelihood."""
-    u = torch.rand(tokens.shape).masked_fill(given, -1)
-    masked = u == u.amax(dim=1, keepdim=True)
-    x = torch.where(masked, process.mask, tokens)
-    n = (~given).sum(dim=1)
-    return finished(process, model, tokens, x, torch.zeros(len(x)), masked, n)
+def all_events(order):
+    """LOOP (2503.00897); CJ-GRPO (2509.23924) and DCoLT (2505.10446), but for an order that DCoLT
+    learns and a factor of 1/L."""
+    return [(1.0, visited(order))]
 
 
-def finished(process, model, tokens, x, t, scored, weight):
-    """A View of one state x per sample, with logp_old under `model`."""
-    row, share = torch.arange(len(x)), torch.full((len(x),), 1 / len(x))
-    view = View(row, None, x, t, None, None, tokens, scored, None, weight * share, share)
+def some_events(k):
+    """k random states of the path: SEPO here (k = 1); AGRPO (2510.04019)."""
+    def draws(order):
+        L = len(order)
+        chosen = list(itertools.combinations(visited(order), k))
+        return [(1 / len(chosen), [(m, s, L / k) for m, s, _ in states]) for states in chosen]
+    return draws
+
+
+def merged(s, is_mean):
+    """The first of every s neighbouring states of the path; all that these reveal is scored there.
+    is_mean: the mean per state, TraceRL (2509.06949); else the sum, d2-StepMerge (2509.21474)."""
+    def draws(order):
+        groups = [(order[j:], order[j:j + s]) for j in range(0, len(order), s)]
+        return [(1.0, [(m, g, 1 / len(g) / len(groups) if is_mean else 1.0) for m, g in groups])]
+    return draws
+
+
+def new_order(order):
+    """Replay, here: all events of a new random path to the sample."""
+    orders = list(itertools.permutations(range(len(order))))
+    return [(1 / len(orders), visited(list(new))) for new in orders]
+
+
+def left_to_right(order):
+    """JustGRPO (2601.15165): every slot given those on its left. Its own rollouts go that way, too;
+    here they are those of the sampler, as for all others."""
+    return [(1.0, visited(list(range(len(order)))))]
+
+
+def all_masked(order):
+    """diffu-GRPO (d1, 2504.12216), wd1 (2507.08838): all slots, from the mask alone."""
+    slots = list(range(len(order)))
+    return [(1.0, [(slots, slots, 1 / len(slots))])]
+
+
+def by_size(L):
+    """Every non-empty set of slots, as random masks draw it: its size first -> chance, slots."""
+    for m in range(1, L + 1):
+        sets = list(itertools.combinations(range(L), m))
+        yield from ((1 / L / len(sets), list(slots)) for slots in sets)
+
+
+def by_level(L, low, high, cells=8):
+    """Each slot masked with chance t, t uniform in (low, high), here in the middles of 8 cells
+    -> chance, slots, t; also of the empty set."""
+    for t in (low + (high - low) * (i + 0.5) / cells for i in range(cells)):
+        for m in range(L + 1):
+            for slots in itertools.combinations(range(L), m):
+                yield t ** m * (1 - t) ** (L - m) / cells, list(slots), t
+
+
+def others(slots, L):
+    return [i for i in range(L) if i not in slots]
+
+
+def noised(order):
+    """The likelihood bound from one state: m of L slots masked, weight L/m; WDCE."""
+    L = len(order)
+    return [(p, [(slots, slots, L / len(slots))]) for p, slots in by_size(L)]
+
+
+def random_mask(order):
+    """UniGRPO (MMaDA, 2505.15809), as its authors' later code has it: the mean over a random mask."""
+    return [(p, [(slots, slots, 1 / len(slots))] if slots else [])
+            for p, slots, _ in by_level(len(order), 0.1, 0.9)]
+
+
+def coupled(order):
+    """coupled-GRPO (DiffuCoder, 2506.20639): per slot the mean of its log-probability from the mask
+    alone and from one of two complementary masks, this one times 1/t or 1/(1 - t)."""
+    L = len(order)
+    every = list(range(L))
+    return [(p, [(every, every, 0.5 / L)] + [
+        (part, part, 0.5 / level / L) for part, level in ((slots, t), (others(slots, L), 1 - t))
+        if part]) for p, slots, t in by_level(L, 0.2, 0.8)]
+
+
+def complements(order):
+    """ESPO (2512.03759): the bound from a mask of 0 to L slots and from its complement."""
+    L = len(order)
+    result = []
+    for m in range(L + 1):
+        sets = list(itertools.combinations(range(L), m))
+        for slots in map(list, sets):
+            parts = [part for part in (slots, others(slots, L)) if part]
+            result.append((1 / (L + 1) / len(sets),
+                           [(part, part, (L + 1) / 2 / len(part)) for part in parts]))
+    return result
+
+
+def quadrature(order):
+    """GDPO (2510.08554), as others' code has it: the bound at two Gauss points of t."""
+    L = len(order)
+    pairs = itertools.product(*(list(itertools.combinations(range(L), max(1, round(t * L))))
+                                for t in (0.2113, 0.7887)))
+    pairs = [tuple(map(list, pair)) for pair in pairs]
+    return [(1 / len(pairs), [(a, a, 0.5 / 0.2113), (b, b, 0.5 / 0.7887)]) for a, b in pairs]
+
+
+def two_masks(order):
+    """SPG (2510.09541), in one block: two random masks; the mean per masked slot."""
+    L = len(order)
+    return [(p * q, [(a, a, 1 / len(a)), (b, b, 1 / len(b))])
+            for (p, a), (q, b) in itertools.product(by_size(L), repeat=2)]
+
+
+def mask_and_rest(order):
+    """DMPO (2510.08233): a random mask and its complement, the mean per masked slot."""
+    L = len(order)
+    return [(p, [(part, part, 0.5 / len(part)) for part in (slots, others(slots, L)) if part])
+            for p, slots, _ in by_level(L, 0.1, 1.0)]
+
+
+def terminal(order):
+    """The pseudo-likelihood: one slot masked again, given all others (t -> 0)."""
+    return [(1 / len(order), [([i], [i], float(len(order)))]) for i in range(len(order))]
+
+# -----------------------------------------------------------------------------
+# losses: (process, model, view, A [R], chance [R]) -> scalar. R rows, each a sample with one draw, of
+# the probability `chance`; in training every row has 1/R. view.weight is that of a state in its draw.
+
+
+def token_loss(process, model, view, A, chance, clip=0.2):
+    """A ratio and PPO's clip per token."""
+    return sepo.sepo_loss(process, model, view, A * chance, clip)[0]
+
+
+def step_loss(process, model, view, A, chance, clip=0.2):
+    """A ratio and PPO's clip per state, with all tokens that are scored there."""
+    return sepo.loop_loss(process, model, view, A * chance, clip)[0]
+
+
+def bound(process, model, view, R):
+    """Sum of the scored log-probabilities of each row, weighted -> [R], and the same before."""
+    logp = torch.stack((process.logp(model, view), view.logp_old))                  # [2, n, k]
+    states = (logp * view.scored).sum(dim=2) * view.weight                          # [2, n]
+    return torch.zeros(2, R).index_add(1, view.row, states)
+
+
+def sequence_loss(per_slot):
+    """One ratio per sample: exp of the difference of its bound, per slot (ESPO) or not (GDPO)."""
+    def loss(process, model, view, A, chance, clip=0.2):
+        new, old = bound(process, model, view, len(A))
+        L = view.x.size(1)
+        objective = sepo.surrogate((new - old) / (L if per_slot else 1), A, clip)[0]
+        return -(chance * objective / (1 if per_slot else L)).sum()
+    return loss
+
+
+def mixed_loss(process, model, view, A, chance, clip=0.2):
+    """A ratio per token, of a log-probability that is mixed from several states (coupled-GRPO)."""
+    L = view.x.size(1)
+    logp = torch.stack((process.logp(model, view), view.logp_old))                  # [2, n, L]
+    terms = logp * (view.scored * view.weight[:, None]) * L
+    new, old = torch.zeros(2, len(A), L).index_add(1, view.row, terms)
+    return -(chance[:, None] * sepo.surrogate(new - old, A[:, None], clip)[0]).sum() / L
+
+
+def weighted_loss(weights_of):
+    """No ratio: the bound, weighted by what weights_of makes of the advantages of a group."""
+    def loss(process, model, view, A, chance):
+        return -(chance * weights_of(A, chance) * bound(process, model, view, len(A))[0]).sum()
+    return loss
+
+
+def tilted(A, chance, temperature=1.0):
+    """softmax(A / temperature) over the samples, times their number: the weights of p* (WDCE)."""
+    weights = (A / temperature).exp()
+    return weights / (chance * weights).sum()
+
+
+def pull_and_push(A, chance):
+    """softmax(A) pulls, softmax(-A) pushes (wd1, DMPO)."""
+    return tilted(A, chance) - tilted(-A, chance)
+
+
+def sandwich_loss(process, model, view, A, chance, beta=1.5):
+    """SPG: the bound from below where A > 0; else one from above, per slot the log of the mean over
+    the states of p^beta / t, divided by beta; both are means over slots."""
+    L = view.x.size(1)
+    logp = process.logp(model, view)                                                # [n, L]
+    below = bound(process, model, view, len(A))[0] / 2
+    level = view.scored.sum(dim=1, keepdim=True) / L                                # t of a state
+    inside = torch.zeros(len(A), L).index_add(
+        0, view.row, view.scored * (beta * logp).exp() / level / 2)
+    seen = inside > 0
+    above = torch.where(seen, inside.where(seen, 1).log() / beta, 0).sum(dim=1) / seen.sum(dim=1)
+    return -(chance * A * torch.where(A > 0, below, above)).sum()
+
+
+def consistent_loss(process, model, view, A, chance):
+    """The bound of the model's own samples beside it, which holds it tight (DiPOD, 2606.13795)."""
+    own = bound(process, model, view, len(A))[0]
+    return token_loss(process, model, view, A, chance) - (chance * own).sum()
+
+
+@dataclass
+class Estimator:
+    draws: Callable
+    loss: Callable
+    passes: Callable                    # L -> states per sample and update
+    on_path: bool = False               # does it look at the path, or at the sample alone?
+
+
+# -----------------------------------------------------------------------------
+# the expected gradient, by enumeration
+
+
+def view_of(x, states, V):
+    """States of one draw, for samples x [S, L] -> View of S * len(states) states."""
+    S, L = x.shape
+    parts = []
+    for masked, scored, weight in states:
+        noised = x.clone()
+        noised[:, masked] = V
+        is_scored = torch.zeros(L, dtype=torch.bool)
+        is_scored[scored] = True
+        t = torch.full((S,), len(masked) / (L + 1))
+        parts.append((torch.arange(S), noised, t, x, is_scored.expand(S, L), torch.full((S,), weight)))
+    row, noised, t, y, is_scored, weight = map(torch.cat, zip(*parts))
+    return View(row, None, noised, t, None, None, y, is_scored, None, weight,
+                torch.full_like(weight, 1 / len(weight)))
+
+
+def order_logp(process, model, x, order):
+    """log p(x | the order of the reveals) -> [S]."""
+    view = view_of(x, visited(order), process.vocab_size)
+    with torch.no_grad():
+        logp = (process.logp(model, view) * view.scored).sum(dim=1)
+    return torch.zeros(len(x)).index_add(0, view.row, logp)
+
+
+def every_row(process, policy, L, estimator):
+    """All samples of `policy`, with all draws -> View, sample [R], chance [R]."""
+    V = process.vocab_size
+    x = sequences(V, L)
+    views, chances = [], []
+    for order in itertools.permutations(range(L)):
+        if estimator.on_path:
+            p = order_logp(process, policy, x, list(order)).exp() / math.factorial(L)
+        else:
+            p = process.exact_law(policy, L).detach().float()
+        for chance, states in estimator.draws(list(order)):
+            if states:
+                view = view_of(x, states, V)
+                view.row += len(x) * len(chances)
+                views.append(view)
+                chances.append(chance * p)
+        if not estimator.on_path:
+            break
+    fields = {name: torch.cat([getattr(view, name) for view in views])
+              for name in ("row", "x", "t", "y", "scored", "weight", "share")}
+    view = View(event=None, s=None, slots=None, logp_old=None, **fields)
+    with torch.no_grad():
+        view.logp_old = process.logp(policy, view)
+    return view, torch.arange(len(x)).repeat(len(chances)), torch.cat(chances)
+
+
+class Entries:
+    """log p(token | state) for every state, slot and token as one vector, and its Jacobian: every
+    gradient is a combination of its rows."""
+
+    def __init__(self, process, model, L):
+        self.V, self.L = process.vocab_size, L
+        states = sequences(self.V + 1, L)
+        t = (states == self.V).sum(dim=1) / (L + 1)
+        logp = model(states, t).log_softmax(dim=-1).flatten()                       # [E]
+        rows = [torch.cat([g.flatten() for g in torch.autograd.grad(
+            value, list(model.parameters()), retain_graph=True, materialize_grads=True)])
+            for value in logp]
+        self.jacobian = torch.stack(rows)                                           # [E, P]
+        self.logp = logp.detach()
+
+    def index(self, view):
+        """Where the log-probabilities of a View stand -> [n, L]."""
+        slots = torch.arange(self.L)
+        return (rank(view.x, self.V + 1)[:, None] * self.L + slots) * self.V + view.y
+
+    def logp_of(self, leaf):
+        """A process whose logp is the leaf [n, L]."""
+        class Known:
+            def logp(self, model, view):
+                return leaf
+        return Known()
+
+
+def expected_gradient(process, entries, policy, L, reward, estimator):
+    """-> (expected gradient [P], its noise: the standard deviation of the gradient of one sample with
+    one draw, in units of the norm of the mean)."""
+    view, sample, chance = every_row(process, policy, L, estimator)
+    R = reward[sample]
+    A = R - (chance * R).sum()
+    index = entries.index(view)
+    leaf = entries.logp[index].requires_grad_()
+    loss = estimator.loss(entries.logp_of(leaf), None, view, A, chance)
+    slope = -torch.autograd.grad(loss, leaf)[0]                                     # [n, L]
+    E = len(entries.logp)
+    flat = torch.zeros(len(chance) * E).index_add(
+        0, (view.row[:, None] * E + index).flatten(), slope.flatten())
+    per_row = flat.view(len(chance), E)                                             # [R, E]
+    mean = per_row.sum(dim=0) @ entries.jacobian
+    each = per_row @ (entries.jacobian @ entries.jacobian.T)
+    square = ((each * per_row).sum(dim=1) / chance).sum()       # sum of chance * |row / chance|^2
+    return mean, ((square - mean.square().sum()).clamp(min=0).sqrt() / mean.norm()).item()
+
+
+ESTIMATORS = {
+    "sepo, 1 event": Estimator(some_events(1), token_loss, lambda L: 1, True),
+    "sepo, all events; LOOP, DCoLT, CJ-GRPO": Estimator(all_events, step_loss, lambda L: L, True),
+    "sepo, all events of a new path (replay)": Estimator(new_order, token_loss, lambda L: L),
+    "AGRPO, 2 states": Estimator(some_events(2), token_loss, lambda L: 2, True),
+    "TraceRL": Estimator(merged(1, True), token_loss, lambda L: L, True),
+    "TraceRL, 2 merged": Estimator(merged(2, True), token_loss, lambda L: (L + 1) // 2, True),
+    "d2, 2 merged": Estimator(merged(2, False), token_loss, lambda L: (L + 1) // 2, True),
+    "JustGRPO": Estimator(left_to_right, token_loss, lambda L: L),
+    "diffu-GRPO": Estimator(all_masked, token_loss, lambda L: 1),
+    "coupled-GRPO": Estimator(coupled, mixed_loss, lambda L: 3),
+    "UniGRPO": Estimator(random_mask, token_loss, lambda L: 1),
+    "noised (ELBO)": Estimator(noised, token_loss, lambda L: 1),
+    "noised with consistency (DiPOD)": Estimator(noised, consistent_loss, lambda L: 1),
+    "terminal (pseudo-likelihood)": Estimator(terminal, token_loss, lambda L: 1),
+    "ESPO": Estimator(complements, sequence_loss(True), lambda L: 2),
+    "GDPO": Estimator(quadrature, sequence_loss(False), lambda L: 2),
+    "SPG": Estimator(two_masks, sandwich_loss, lambda L: 2),
+    "wd1": Estimator(all_masked, weighted_loss(pull_and_push), lambda L: 1),
+    "DMPO": Estimator(mask_and_rest, weighted_loss(pull_and_push), lambda L: 2),
+    "WDCE (TR2-D2, MDNS)": Estimator(noised, weighted_loss(tilted), lambda L: 1),
+}
+
+
+def pretrained(process, L, rollouts, reward):
+    """A small network, trained on samples of a random distribution, and after some rollouts."""
+    torch.manual_seed(0)
+    model = network(process.vocab_size, L, n_embd=16, scale=0.5)
+    data = sequences(process.vocab_size, L)[random_law(process.vocab_size, L).multinomial(5000, True)]
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+
+    def step(loss):
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    for _ in range(800):
+        step(process.loss(model, data[torch.randint(5000, (128,))]))
+    for _ in range(rollouts):
+        path = process.sample(model, 32, L)
+        A = sepo.advantages(reward[rank(path.tokens, process.vocab_size)][None], "loo")[0]
+        step(sepo.sepo_loss(process, model, sepo.draw_view(process, model, path), A)[0])
+    return model
+
+
+def moved(model, process, L, reward, target=0.02):
+    """The model, moved along grad E[R] until KL(new || old) is the target, nats."""
+    old = process.exact_law(model, L).detach()
+    direction = gradient((process.exact_law(model, L) * reward).sum(), model).float()
+    start = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
+    low, high = 0.0, 10 / direction.norm()
+    for _ in range(40):                                 # bisection
+        size = (low + high) / 2
+        torch.nn.utils.vector_to_parameters(start + size * direction, model.parameters())
+        new = process.exact_law(model, L).detach()
+        is_far = torch.xlogy(new, new / old).sum() > target
+        low, high = (low, size) if is_far else (size, high)
+    return model
+
+
+def published(process, model, L, reward, draws):
+    """The expected gradient of SEPO as its paper has it (2502.01384): over every sample, with exact
+    p(y), or with the mean over some draws of its estimate."""
+    x = sequences(process.vocab_size, L)
+    law = process.exact_law(model, L).detach()
+    A = (law * len(x) * (reward - (law * reward).sum())).float()
+    path = MaskPath(x, torch.ones(x.shape), None, process.vocab_size)
+    p_of, total = (sepo.importance_sampled if draws else exact_p(process)), 0
+    for seed in range(max(1, draws)):
+        torch.manual_seed(seed)
+        old = sepo.draw_neighbours(process, model, path, p_of)
+        torch.manual_seed(seed)                         # at theta_old: the same p(y) in both places
+        loss = sepo.published_loss(process, model, old, A, math.inf, p_of)[0]
+        total = total - gradient(loss, model) / max(1, draws)
+    return total
+
+
+def as_in_its_code(process, model, L, reward, draws=300, M=2, clip=0.2):
+    """SEPO as its code has it (github.com/ozekri/SEPO, the DNA experiment): log s is the log-softmax
+    at the finished sample x, for all letters of all slots; p(y), for y = x too, is the harmonic mean
+    of the probabilities, given y, of the letter in slot m of sample m of M; the ratio to the old
+    policy is that of two such estimates; the smaller of two sums over all samples counts, and that
+    sum is minimized."""
+    V = process.vocab_size
+    x = sequences(V, L)
+    S, zero = len(x), torch.zeros(len(x))
+    law = process.exact_law(model, L).detach()
+    A = (law * (reward - (law * reward).sum())).float()[:, None, None]
+    y = x.repeat_interleave(L * V, dim=0)                                           # [S L V, L]
+    slots = torch.arange(L).repeat_interleave(V).repeat(S)[:, None]
+    y = y.scatter(1, slots, torch.arange(V).repeat(S * L)[:, None])
+    log_y = model(y, torch.zeros(len(y))).log_softmax(dim=-1).detach()              # [S L V, L, V]
+
+    def p_of_y():
+        chosen = [pick(log_y[:, m], gumbel_argmax(log_y[:, m])).exp() for m in range(M)]
+        return (M / sum(1 / p for p in chosen)).view(S, L, V)
+    total = 0
+    for seed in range(draws):
+        torch.manual_seed(seed)
+        log_s = model(x, zero).log_softmax(dim=-1)                                  # [S, L, V]
+        old, new = p_of_y(), p_of_y()
+        ratio = new / old
+        sums = [(A * new * r * log_s).sum() for r in (ratio, ratio.clamp(1 - clip, 1 + clip))]
+        total = total - gradient(torch.minimum(*sums), model) / draws
+    return total
+
+
+def table(L=3, V=3):
+    """Per estimator the cosine of its expected gradient with grad E[R], and in brackets its noise: the
+    standard deviation of the gradient of one sample, divided by the norm of the mean."""
+    process = Absorbing(V)
+    reward = torch.randn(V ** L, generator=torch.Generator().manual_seed(1))
+    before = pretrained(process, L, 0, reward)
+    cases = {"random table": (Table(V, L),) * 2,
+             "consistent table": (posterior_table(random_law(V, L), V, L),) * 2,
+             "pre-trained": (before,) * 2,
+             "after 50 rollouts": (pretrained(process, L, 50, reward),) * 2,
+             "off policy": (before, moved(deepcopy(before), process, L, reward))}
+    cells = {name: [f"{e.passes(L)}"] for name, e in ESTIMATORS.items()}
+    neighbours = {"SEPO as published, exact p(y)": lambda *a: published(*a, 0),
+                  "SEPO as published": lambda *a: published(*a, 300),
+                  "SEPO as its code has it": as_in_its_code}
+    cells |= {name: [f"{L * V * k}"] for name, k in zip(neighbours, (1, 3, 3))}
+    for old, new in cases.values():
+        truth = gradient((process.exact_law(new, L) * reward).sum(), new).float()
+        entries = Entries(process, new, L)
+        for name, estimator in ESTIMATORS.items():
+            mean, noise = expected_gradient(process, entries, old, L, reward, estimator)
+            cells[name].append(f"{cosine(mean, truth):.3f} ({noise:.1f})")
+            if new is before:
+                scale = mean.norm() / truth.norm()
+                cells[name][0] += f" | {scale:.2f}"
+        for name, of in neighbours.items():
+            mean = of(process, new, L, reward).float() if new is old else None
+            cells[name].append("" if mean is None else f"{cosine(mean, truth):.3f}")
+            if new is before:
+                cells[name][0] += f" | {mean.norm() / truth.norm():.2f}"
+    print("| estimator | passes | scale | " + " | ".join(cases) + " |")
+    print("|" + " --- |" * (3 + len(cases)))
+    for name, row in cells.items():
+        print(f"| {name} | " + " | ".join(row) + " |")
+
+
+# -----------------------------------------------------------------------------
+# what each of them learns on the toy
+
+SETTINGS = [dict(updates=4, lr=1e-3), dict(updates=8, lr=2e-3)]     # the same two tries for each
+ROLLOUTS, GROUP, BETA = 40, 64, 0.1
+
+
+def random_view(process, model, path, estimator, drawn):
+    """One random draw for each sample of a path -> View with logp_old."""
+    B, L = path.tokens.shape
+    parts = []
+    for b, order in enumerate(path.time.argsort(dim=1, descending=True).tolist()):
+        if estimator.on_path or not drawn:
+            drawn[:] = estimator.draws(order)
+        _, states = random.choices(drawn, [chance for chance, _ in drawn])[0]
+        for masked, scored, weight in states:
+            marks = torch.zeros(2, L, dtype=torch.bool)
+            marks[0, masked] = marks[1, scored] = True
+            parts.append((b, marks, len(masked) / (L + 1), weight))
+    row, marks, t, weight = zip(*parts)
+    row, marks = torch.tensor(row), torch.stack(marks)
+    y = path.tokens[row]
+    view = View(row, None, y.masked_fill(marks[:, 0], process.mask), torch.tensor(t), None, None, y,
+                marks[:, 1], None, torch.tensor(weight), torch.full((len(row),), 1 / len(row)))
     with torch.no_grad():
         view.logp_old = process.logp(model, view)
     return view
 
 
-def consistency(process, model, view):
-    """The bound of the model's own samples, which holds it tight (DiPOD, 2606.13795) -> scalar, to
-    be minimized beside the loss."""
-    logp = process.logp(model, view)
-    return -(view.weight[:, None] * view.scored * logp).sum()
+def learn(start, process, task, estimator, exact, updates, lr, seed):
+    """-> [(rewards, passes with gradient, share of the optimum)] of a run on the toy."""
+    model, drawn, points = deepcopy(start), [], []
+    optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0)
+    torch.manual_seed(seed)
+    random.seed(seed)
+    for i in range(ROLLOUTS):
+        path = process.sample(model, GROUP, task.length)
+        returns = task.reward(path.tokens) - BETA * process.path_kl(start, path)
+        A = sepo.advantages(returns[None], "loo")[0]
+        chance = torch.full((GROUP,), 1 / GROUP)
+        for view in [random_view(process, model, path, estimator, drawn) for _ in range(updates)]:
+            estimator.loss(process, model, view, A, chance).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.param_groups[0]["lr"] = lr * (1 - i / ROLLOUTS)
+            optimizer.step()
+            optimizer.zero_grad()
+        if (i + 1) % 8 == 0:
+            rewards = (i + 1) * GROUP
+            passes = rewards * updates * estimator.passes(task.length)
+            points.append((rewards, passes, exact(model)["share_of_optimum"]))
+    return points
+
+
+def start_of(seed, process, task):
+    torch.manual_seed(seed)
+    model = Denoiser(Config(task.vocab_size, task.length, n_layer=2, n_head=4, n_embd=64))
+    data = task.data(20_000, torch.Generator().manual_seed(seed))
+    optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
+    for i in range(800):
+        optimizer.param_groups[0]["lr"] = 2e-3 * (1 - i / 800)
+        process.loss(model, data[torch.randint(len(data), (128,))]).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.requires_grad_().eval()
+
+
+def curves(seeds):
+    """Share of the toy's optimum for each estimator, at both settings: median and range of the seeds
+    at the end; the better setting is drawn, and bias against cost."""
+    task, process = TASKS["toy"](), Absorbing(4)
+    names = list(ESTIMATORS)
+    found = {name: [[], []] for name in names}
+    for seed in range(seeds):
+        start = start_of(seed, process, task)
+        exact = sepo.ground_truth(process, start, task.reward, task.length, BETA)
+        for name in names:
+            for k, setting in enumerate(SETTINGS):
+                points = learn(start, process, task, ESTIMATORS[name], exact, **setting, seed=seed)
+                found[name][k].append(points)
+                print(seed, name, setting, f"{points[-1][2]:.3f}", file=sys.stderr, flush=True)
+    (ROOT / "out").mkdir(exist_ok=True)
+    (ROOT / "out" / "estimators.json").write_text(json.dumps(found))
+    print("| estimator | passes per sample | 4 updates, rate 1e-3 | 8 updates, rate 2e-3 |")
+    print("| --- | --- | --- | --- |")
+    for name, runs in found.items():
+        cells = []
+        for run in runs:
+            ends = sorted(points[-1][2] for points in run)
+            cells.append(f"{statistics.median(ends):.2f} ({ends[0]:.2f} to {ends[-1]:.2f})")
+        print(f"| {name} | {ESTIMATORS[name].passes(task.length)} | " + " | ".join(cells) + " |")
+
+
+def cosine(a, b):
+    return torch.cosine_similarity(a, b, dim=0).item()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["table", "curves"])
+    parser.add_argument("--seeds", type=int, default=3, help="of the curves: 0, 1, ...")
+    args = parser.parse_args()
+    if args.what == "table":
+        table()
+    else:
+        curves(args.seeds)
+
+
+if __name__ == "__main__":
+    main()
