@@ -51,6 +51,11 @@ DEFAULTS = {                                        # that go with a task, proce
                  eval_every=5),
     "ehrlich": dict(n_layer=2, n_embd=96, pretrain_iters=2000, group=64, iters=100, beta=0.002,
                     algo="wdce", explore=0.5, eval_every=5),
+    "own": dict(n_layer=2, n_embd=64, dropout=0.1, pretrain_iters=1000, group=64, iters=80,
+                algo="wdce", explore=0.5, eval_every=5),
+    "own, from 100 kB of data on": dict(
+                n_layer=4, conv=7, pretrain_iters=6000, pretrain_batch=64, group=64, iters=80,
+                algo="wdce", explore=0.5, eval_every=5),
     "uniform": dict(pretrain_iters=2000, pretrain_lr=1e-3, iters=300),
     "loop": dict(path_events=0),
     "reinforce": dict(advantage="running", path_events=0, replay=0, clip=math.inf),
@@ -665,9 +670,15 @@ def parse_args(argv=None):
     if config.exists() and not (args.resume or args.overwrite):
         parser.error(f"{out} holds another run: use --resume, --overwrite or another --out")
     fixed = json.loads(config.read_text()) if args.resume else {}
-    for choice in ("task", "process", "algo"):          # a task may choose a method
-        parser.set_defaults(**DEFAULTS.get(getattr(args, choice), {}))
+    size = os.path.getsize(args.data) if args.data and os.path.exists(args.data) else 0
+    if args.task == "own" and size >= 100_000:
+        parser.set_defaults(**DEFAULTS["own, from 100 kB of data on"])
+    else:
+        parser.set_defaults(**DEFAULTS.get(args.task, {}))
+    for choice in ("process", "algo"):                  # a task may choose a method
         args = parser.parse_args(argv)
+        parser.set_defaults(**DEFAULTS.get(getattr(args, choice), {}))
+    args = parser.parse_args(argv)
     rewards = args.iters * args.prompts * args.group
     parser.set_defaults(report_samples=rewards // 290 * 4 if args.reward else 1000)
     parser.set_defaults(out=out, **fixed)               # flags that must stay as they were

@@ -1,8 +1,11 @@
-"""What a user would try first: a genetic algorithm, from the same data and with the same rewards.
+"""What needs no training: a genetic algorithm, and three ways to steer a pre-trained model.
 
-    python tests/baselines.py --task=ehrlich --seeds=5          # the best found, by rewards asked
+    python tests/baselines.py search --task=ehrlich --seeds=5   # the best found, by rewards asked
+    python tests/baselines.py steer --run=out/toy               # best of N, SMC, SVDD; and training
 """
 import argparse
+import math
+import os
 import statistics
 import sys
 from pathlib import Path
@@ -10,7 +13,9 @@ from pathlib import Path
 import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
-from rewards import TASKS, ask  # noqa: E402
+import sample  # noqa: E402
+from diffusion import CHAINS, gumbel_argmax, logits_at  # noqa: E402
+from rewards import TASKS, Paid, ask  # noqa: E402
 
 MARKS = (1280, 2560, 5120, 6400, 12_800)
 
@@ -37,14 +42,108 @@ def genetic_algorithm(task, rewards, seed, batch=64, parents=64, rate=0.02, star
     return tokens[:rewards], values[:rewards]
 
 
+def best_of(process, model, prompt, reward, N):
+    """For each prompt [n, L] the best of N samples -> tokens [n, L]. KL at most log N - (N-1)/N."""
+    n, L = prompt.shape
+    tokens = process.sample(model, n * N, L, prompt=prompt.repeat_interleave(N, dim=0)).tokens
+    best = reward(tokens).view(n, N).argmax(dim=1)
+    return tokens.view(n, N, L)[torch.arange(n), best]
+
+
+@torch.no_grad()
+def filled(model, x):
+    """States [n, L] with the likeliest letter in every masked slot -> logits; samples [n, L]."""
+    logits = logits_at(model, x, torch.full((len(x),), 0.5))
+    return logits, torch.where(x == logits.size(-1), logits.argmax(dim=-1), x)
+
+
+def svdd(process, model, prompt, reward, M, alpha):
+    """Soft value-based decoding (SVDD, 2408.08252): in every event M proposals per sample, of which
+    one stays, in proportion to exp(value / alpha); the value of a state is the reward of `filled`."""
+    x, n = prompt, len(prompt)
+    for _ in range(int((prompt == process.mask).sum(dim=1).max())):
+        slot = torch.where(x == process.mask, torch.rand(x.shape), -1).argmax(1).repeat(M)[:, None]
+        logits, _ = filled(model, x)
+        letter = gumbel_argmax(logits.repeat(M, 1, 1).gather(
+            1, slot[..., None].expand(-1, -1, logits.size(-1))).squeeze(1))         # [M n]
+        proposals = x.repeat(M, 1).scatter(1, slot, letter[:, None])
+        values = reward(filled(model, proposals)[1]).view(M, n)
+        chosen = gumbel_argmax(values.T / alpha)                                    # [n]
+        x = proposals.view(M, n, -1)[chosen, torch.arange(n)]
+    return x
+
+
+def smc(process, model, prompt, reward, alpha):
+    """Sequential Monte Carlo: all samples of one prompt are particles whose weights change by
+    exp(difference of values / alpha) in every event; they are resampled where the effective sample
+    size falls below half of them. The value of a state is the reward of `filled`."""
+    x, n = prompt, len(prompt)
+    logits, fill = filled(model, x)
+    value, log_w = reward(fill), torch.zeros(n, dtype=torch.double)
+    for _ in range(int((prompt == process.mask).sum(dim=1).max())):
+        slot = torch.where(x == process.mask, torch.rand(x.shape), -1).argmax(1, keepdim=True)
+        letter = gumbel_argmax(logits.take_along_dim(slot[..., None], dim=1).squeeze(1))
+        x = x.scatter(1, slot, letter[:, None])
+        logits, fill = filled(model, x)
+        new = reward(fill)
+        log_w, value = log_w + (new - value) / alpha, new
+        weights = log_w.softmax(dim=0)
+        if 1 / weights.square().sum() < n / 2:
+            kept = weights.multinomial(n, replacement=True)
+            x, value, logits = x[kept], value[kept], logits[kept]
+            log_w = torch.zeros_like(log_w)
+    return x[log_w.softmax(dim=0).multinomial(n, replacement=True)]
+
+
+def steer(folder, n, seed):
+    """A table of what each way gives, and how many different samples it asks for per sample."""
+    torch.manual_seed(seed)
+    model, run = sample.load_model(folder / "pretrained.pt")
+    tuned, _ = sample.load_model(folder / "finetuned.pt")
+    task = sample.load_task(run, model.config.length)
+    process = CHAINS[run.process](task.vocab_size)
+    x = task.held_out(n, seed) if task.given else torch.zeros(n, task.length, dtype=torch.long)
+    prompt = task.prompts(x) if task.given else torch.full_like(x, process.mask)
+    trained = len({line["sample"] for line in sample.whole_lines(
+        (folder / "rewards.jsonl").read_text()) if "stage" not in line})
+    ways = {"pre-trained": lambda reward: process.sample(model, n, task.length, prompt=prompt).tokens,
+            "fine-tuned": lambda reward: process.sample(tuned, n, task.length, prompt=prompt).tokens}
+    for N in (4, 16, 64):
+        ways[f"best of {N}"] = lambda reward, N=N: best_of(process, model, prompt, reward, N)
+    for M in (2, 4):
+        ways[f"SVDD, {M}"] = lambda reward, M=M: svdd(process, model, prompt, reward, M, run.beta)
+    if not task.given:
+        ways["SMC"] = lambda reward: smc(process, model, prompt, reward, run.beta)
+    print("| | mean reward | distinct | hamming | KL, nats | different samples asked, per sample |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for name, way in ways.items():
+        paid = Paid(Path(os.devnull))
+        tokens = way(lambda x: paid.ask(task, x))
+        cost = len(paid.reward_of) / n if paid.reward_of else 0
+        N = int(name.split()[-1]) if "best" in name else 1
+        kl = f"at most {math.log(N) - (N - 1) / N:.2f}" if N > 1 else ""
+        if name == "fine-tuned":
+            path = process.sample(tuned, n, task.length, prompt=prompt)
+            kl = f"at most {process.path_kl(model, path).mean():.2f}"
+        row = sample.diversity(tokens, task.vocab_size)
+        asked = f"{cost:.1f}" if name != "fine-tuned" else f"0, after {trained:,}"
+        print(f"| {name} | {ask(task, tokens).mean():.3f} | {row['distinct']:.2f} | "
+              f"{row['hamming']:.2f} | {kl} | {asked} |", flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["search", "steer"])
+    parser.add_argument("--run", type=Path, help="steer: the folder of a run of train.py")
+    parser.add_argument("--n", type=int, default=500, help="steer: samples")
     parser.add_argument("--task", choices=list(TASKS), default="ehrlich")
     parser.add_argument("--seeds", type=int, default=5)
     for name, kind, value in (("parents", int, 64), ("rate", float, 0.02), ("batch", int, 64)):
         parser.add_argument(f"--{name}", type=kind, default=value)
     args = parser.parse_args()
+    if args.what == "steer":
+        return steer(args.run, args.n, seed=0)
     task = TASKS[args.task]()
     runs = [genetic_algorithm(task, MARKS[-1], seed, args.batch, args.parents, args.rate)[1]
             for seed in range(args.seeds)]

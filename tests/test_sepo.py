@@ -6,7 +6,7 @@ stands, and test_both_clips_by_their_formulas, which is SEPO's algebra.
 import itertools
 import math
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 
 import pytest
 import torch
@@ -243,13 +243,20 @@ def test_a_group_of_equal_rewards_is_not_made_of_kl():
         assert A[0].std() < 0.6 * beta and A[1].std() > 0.5
 
 
-def cosine_of(name, model, V=3, L=3):
+@cache
+def truth_of(kind):
+    """The reward, the model, its gradients by entries, and the true gradient."""
+    model = Table(3, 3) if kind == "random" else posterior_table(random_law(3, 3), 3, 3)
+    process, reward = Absorbing(3), torch.randn(27, generator=torch.Generator().manual_seed(1))
+    truth = gradient((process.exact_law(model, 3) * reward).sum(), model).float()
+    return reward, model, estimators.Entries(process, model, 3), truth
+
+
+def cosine_of(name, kind):
     """Of the expected gradient of an estimator of tests/estimators.py with the true gradient, and the
     ratio of their norms."""
-    process, reward = Absorbing(V), torch.randn(V ** L, generator=torch.Generator().manual_seed(1))
-    truth = gradient((process.exact_law(model, L) * reward).sum(), model).float()
-    entries = estimators.Entries(process, model, L)
-    mean, noise = estimators.expected_gradient(process, entries, model, L, reward,
+    reward, model, entries, truth = truth_of(kind)
+    mean, noise = estimators.expected_gradient(Absorbing(3), entries, model, 3, reward,
                                                estimators.ESTIMATORS[name])
     assert noise > 0.5
     return torch.cosine_similarity(mean, truth, dim=0).item(), (mean.norm() / truth.norm()).item()
@@ -259,16 +266,15 @@ def cosine_of(name, model, V=3, L=3):
     ("sepo, 1 event", 1), ("sepo, all events; LOOP, DCoLT, CJ-GRPO", 1), ("AGRPO, 2 states", 1),
     ("TraceRL", 1 / 3)])
 def test_estimators_on_the_path_have_the_true_gradient_of_any_model(name, scale):
-    assert cosine_of(name, Table(3, 3)) == pytest.approx((1, scale), abs=1e-4)
+    assert cosine_of(name, "random") == pytest.approx((1, scale), abs=1e-4)
 
 
 @pytest.mark.parametrize("name, random, scale", [
     ("sepo, all events of a new path (replay)", 0.854, 1), ("noised (ELBO)", 0.854, 1),
     ("ESPO", 0.854, 1 / 3)])
 def test_estimators_on_the_sample_have_it_where_the_bound_is_tight(name, random, scale):
-    consistent = posterior_table(random_law(3, 3), 3, 3)
-    assert cosine_of(name, consistent) == pytest.approx((1, scale), abs=1e-4)
-    assert cosine_of(name, Table(3, 3))[0] == pytest.approx(random, abs=2e-3)
+    assert cosine_of(name, "consistent") == pytest.approx((1, scale), abs=1e-4)
+    assert cosine_of(name, "random")[0] == pytest.approx(random, abs=2e-3)
 
 
 @pytest.mark.parametrize("name, random, consistent", [
@@ -278,9 +284,8 @@ def test_estimators_on_the_sample_have_it_where_the_bound_is_tight(name, random,
     ("noised with consistency (DiPOD)", 0.594, 1.0), ("DMPO", 0.825, 0.977),
     ("WDCE (TR2-D2, MDNS)", 0.535, 0.847), ("d2, 2 merged", 0.807, 0.859)])
 def test_the_bias_of_the_other_estimators_is_what_the_table_says(name, random, consistent):
-    assert cosine_of(name, Table(3, 3))[0] == pytest.approx(random, abs=2e-3)
-    law = posterior_table(random_law(3, 3), 3, 3)
-    assert cosine_of(name, law)[0] == pytest.approx(consistent, abs=2e-3)
+    assert cosine_of(name, "random")[0] == pytest.approx(random, abs=2e-3)
+    assert cosine_of(name, "consistent")[0] == pytest.approx(consistent, abs=2e-3)
 
 
 def test_random_draws_of_an_estimator_are_those_that_are_enumerated():

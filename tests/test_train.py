@@ -400,6 +400,16 @@ def test_the_start_says_which_reward_is_asked_and_how_often(tmp_path, capsys):
     assert 0 < len(paid) <= 29
 
 
+def test_the_size_of_the_network_follows_the_size_of_the_data(tmp_path):
+    found = []
+    for n in (100, 200_000):
+        (tmp_path / "data.txt").write_text("ACGT\n" * (n // 5))
+        args = train.parse_args([f"--data={tmp_path / 'data.txt'}", "--reward=x.py:f", f"--out={tmp_path / 'x'}"])
+        assert (args.task, args.algo, args.updates, args.replay) == ("own", "wdce", 16, 0)
+        found.append((args.n_layer, args.n_embd, args.pretrain_iters))
+    assert found == [(2, 64, 1000), (4, 128, 6000)]
+
+
 def test_another_run_in_the_folder_is_refused(toy, capsys):
     before = (toy[0] / "metrics.jsonl").read_text()
     fails(train.main, [f"--out={toy[0]}", *TINY], "holds another run", capsys)
