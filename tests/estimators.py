@@ -477,7 +477,7 @@ def table(L=3, V=3):
              "pre-trained": (before,) * 2,
              "after 50 rollouts": (pretrained(process, L, 50, reward),) * 2,
              "off policy": (before, moved(deepcopy(before), process, L, reward))}
-    cells = {name: [f"{e.passes(L)}"] for name, e in ESTIMATORS.items()}
+    cells, points = {name: [f"{e.passes(L)}"] for name, e in ESTIMATORS.items()}, {}
     neighbours = {"SEPO as published, exact p(y)": lambda *a: published(*a, 0),
                   "SEPO as published": lambda *a: published(*a, 300),
                   "SEPO as its code has it": as_in_its_code}
@@ -489,6 +489,7 @@ def table(L=3, V=3):
             mean, noise = expected_gradient(process, entries, old, L, reward, estimator)
             cells[name].append(f"{cosine(mean, truth):.3f} ({noise:.1f})")
             if new is before:
+                points[name] = estimator.passes(L) * noise ** 2, cosine(mean, truth)
                 scale = mean.norm() / truth.norm()
                 cells[name][0] += f" | {scale:.2f}"
         for name, of in neighbours.items():
@@ -500,6 +501,25 @@ def table(L=3, V=3):
     print("|" + " --- |" * (3 + len(cases)))
     for name, row in cells.items():
         print(f"| {name} | " + " | ".join(row) + " |")
+    figure(points)
+
+
+def figure(points):
+    """assets/estimators.png: bias against cost on the pre-trained network."""
+    from matplotlib.figure import Figure
+    drawing = Figure(figsize=(10, 4.5))
+    axis = drawing.subplots()
+    ranked = sorted(points.items(), key=lambda item: -item[1][1])
+    for i, (name, (cost, value)) in enumerate(ranked):
+        is_exact = value > 0.9999
+        axis.scatter(cost, value, color="C2" if is_exact else "C3" if value < 0.9 else "C0", s=20)
+        axis.annotate(f" {i + 1}", (cost, value), fontsize=9)
+    legend = "\n".join(f"{i + 1}  {name}" for i, (name, _) in enumerate(ranked))
+    axis.text(1.02, 0.5, legend, transform=axis.transAxes, fontsize=8, va="center")
+    axis.set_xlabel("cost: passes until the noise is as large as the mean gradient")
+    axis.set_ylabel("cosine with the true gradient")
+    drawing.tight_layout()
+    drawing.savefig(ROOT / "assets" / "estimators.png", dpi=110)
 
 
 # -----------------------------------------------------------------------------

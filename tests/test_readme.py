@@ -19,10 +19,9 @@ RESULTS = (ROOT / "tests" / "RESULTS.md").read_text()
 
 
 def test_every_function_of_the_map_exists():
-    equations = README.split("| equation | function |")[1].split("\n\n")[0]
+    walk = README.split("| function | question |")[1].split("\n\n")[0]
     source = "".join((ROOT / f"{name}.py").read_text() for name in ("diffusion", "sepo", "train"))
-    names = [name for row in equations.splitlines()[2:]
-             for name in re.findall(r"`(\w+)`", row.split("|")[2])]
+    names = [name for row in walk.splitlines()[2:] for name in re.findall(r"`(\w+)`", row)]
     assert len(names) >= 15
     for name in names:
         assert re.search(rf"(def|class) {name}\b", source), name
@@ -51,7 +50,7 @@ def test_figures_of_the_readme_are_those_of_the_results():
 
 
 def test_the_front_page_is_short():
-    assert len(README.splitlines()) <= 210
+    assert len(README.splitlines()) <= 190
 
 
 @pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", README, re.S))
@@ -70,7 +69,7 @@ def test_every_command_of_the_front_page_runs(tmp_path, monkeypatch, capsys):
     reward = re.search(r"^    echo '(def score.*)' > my_reward.py$", README, re.M)
     Path("my_reward.py").write_text(reward[1] + "\n")
     commands = re.findall(r"^    (?:pip .*&& )?python ((?:train|sample)\.py.*)$", README, re.M)
-    assert len(commands) >= 7
+    assert len(commands) >= 5
     for command in commands:
         script, *args = shlex.split(command, comments=True)
         main = train.main if script == "train.py" else sample.main
