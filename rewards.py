@@ -130,7 +130,8 @@ def ask(task, tokens, on_error=None):
         with redirect_stdout(sys.stderr):
             values = task.reward(tokens)
     except Exception as error:
-        if on_error is not None:                        # which sample was it? each is asked alone
+        is_ours = isinstance(error, BadInput)           # such as a list that was sorted in place
+        if on_error is not None and not is_ours:        # which sample was it? each is asked alone
             if len(tokens) == 1:
                 return torch.tensor([on_error], dtype=torch.double, device=tokens.device)
             return torch.cat([ask(task, x, on_error) for x in tokens.split(1)])

@@ -154,7 +154,8 @@ def read_prompts(task, text, prompts, n):
     hint = f"; {task.blank} is a free slot"
     task.check(text, "--prompt", task.alphabet + task.blank, hint)
     if len(text) != task.length:
-        raise BadInput(f"--prompt={text} has {len(text)} letters, the task {task.length} slots{hint}")
+        raise BadInput(f"--prompt={text} has {len(text)} letters, "
+                       f"the task {task.length} slots{hint}")
     if task.blank not in text:
         raise BadInput(f"--prompt={text} has no free slot{hint}")
     if task.pad and task.pad in text.rstrip(task.pad):
@@ -224,10 +225,9 @@ def report(args, task, process, exact, reference, model, paid):
     n = len(held_out)
     few, k = max(1, n // 4), 16
     n_known = len(paid.reward_of)
-    print("report: mean reward, KL to the pre-trained model in nats, the share of distinct samples, "
-          "hamming: the\nshare of positions in which two of them differ, commonest: the share of "
-          "the commonest letter, and samples.\nbest of 16: for each sample the pre-trained model "
-          "draws 16, and the best one counts")
+    print("report: mean reward; KL to the pre-trained model, nats; share of distinct samples; "
+          "hamming: share of\nslots in which two samples differ; commonest: share of the commonest "
+          "letter; a few samples.\nbest of 16: the best of every 16 samples of the pre-trained model")
 
     rows = {}
 

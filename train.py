@@ -580,14 +580,14 @@ def get_parser():
     add("--data", type=os.path.abspath, help="file to pre-train on, .gz too; needs --reward; about "
         "5%% of it is held out")
     add("--format", choices=["", "lines", "fasta", "text"], default="", help="of --data: one "
-        "sequence per line, FASTA, or one running text (empty: FASTA if it begins with >, or lines)")
+        "sequence per line, FASTA, or one running text (empty: FASTA if it begins with >)")
     add("--length", type=count, default=0, help="sequence length (0: the task's; own: the longest)")
     add("--pad", default="", help="letter that fills up short sequences of --data; own chooses one")
     add("--crop", action="store_true", help="cut random windows from long sequences of --data")
     add("--reward", type=os.path.abspath, help="file.py:function, list[str] -> list[float]; the "
         "file's measure, list[str] -> {column: number}, adds columns to the report")
-    add("--on_error", type=stop_or_value, default="stop", help="stop, or the reward of a sample for "
-        "which the reward raises or returns None, NaN or infinity")
+    add("--on_error", type=stop_or_value, default="stop", help="stop, or a number: the reward of a "
+        "sample for which the reward raises, or returns None, NaN or infinity")
     add("--init", type=os.path.abspath, help="a pretrained.pt or finetuned.pt to start from: no "
         "pre-training, and the network has its size")
 

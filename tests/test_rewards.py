@@ -663,8 +663,9 @@ def test_what_a_reward_file_raises_is_passed_on(code, error, tmp_path):
 def test_a_reward_that_changes_its_list_is_refused(body, message, tmp_path):
     (tmp_path / "own.py").write_text(f"def score(samples):\n    {body}\n")
     task = open_task("toy", reward=f"{tmp_path / 'own.py'}:score")
-    with pytest.raises(BadInput, match=message):
-        ask(task, task.encode(["TTTTTT", "AAAAAA"]))
+    for on_error in (None, 0.0):
+        with pytest.raises(BadInput, match=message):
+            ask(task, task.encode(["TTTTTT", "AAAAAA"]), on_error)
 
 
 def test_what_a_reward_prints_goes_to_standard_error(tmp_path, capsys):

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ import train
 from diffusion import Absorbing
 from exact import has_bfloat16, network
 from model import Block, Config, Denoiser
-from rewards import TASKS, Task, whole_lines
+from rewards import TASKS, BadInput, Task, whole_lines
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--pretrain_iters=6", "--iters=4", "--group=8", "--updates=2", "--n_embd=16", "--n_layer=1",
@@ -857,6 +858,28 @@ def test_a_uniform_run_is_sampled_and_filmed(tmp_path, capsys):
     capsys.readouterr()
     sample.main([f"--run={tmp_path}", "--n=2", f"--movie={tmp_path / 'a.gif'}"])
     assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+@pytest.mark.parametrize("text, message", [
+    ("AC___", "has no free slot; [?] is a free slot"), ("AC_??", "the pad _ can only stand at the end"),
+    ("AC-??", "'-' at position 3 of --prompt is not in 'ACGT_'; [?] is a free slot"), ("AC???", None),
+    ("AC??_", None)])
+def test_the_blank_of_a_prompt_is_neither_letter_nor_pad(text, message):
+    task = replace(TASKS["toy"](5), alphabet="ACGT_", pad="_")
+    if message:
+        with pytest.raises(BadInput, match=message):
+            sample.read_prompts(task, text, None, 1)
+    else:
+        x = sample.read_prompts(task, text, None, 1)
+        assert x.tolist() == [[0, 1, 5, 5, 5 if text[-1] == "?" else 4]]
+
+
+def test_measure_is_tried_before_anything_is_paid_or_written(tmp_path):
+    (tmp_path / "own.py").write_text("def score(samples): return [1.0] * len(samples)\n"
+                                     "def measure(samples): return {'x': 1 / 0}\n")
+    with pytest.raises(ZeroDivisionError):
+        run(tmp_path / "out", f"--reward={tmp_path / 'own.py'}:score", task="toy")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("args, message", [
