@@ -227,7 +227,7 @@ def report(args, task, process, exact, reference, model, paid):
     n_known = len(paid.reward_of)
     print("report: mean reward; KL to the pre-trained model, nats; share of distinct samples; "
           "hamming: share of\nslots in which two samples differ; commonest: share of the commonest "
-          "letter; a few samples.\nbest of 16: the best of every 16 samples of the pre-trained model")
+          "letter; a few samples.\nbest of 16: the best of each 16 that the pre-trained model draws")
 
     rows = {}
 
