@@ -131,7 +131,7 @@ def draw(args, file):
     distinct, mean = len(path.tokens.unique(dim=0)), sum(rewards) / args.n
     print(f"{file}: {args.n} samples, {distinct} distinct, mean reward {mean:.3f}", file=sys.stderr)
     if args.movie and file.stem == args.which:
-        movie(task, path, args.movie)
+        movie(task, path, rewards, args.movie)
     return task.samples(path.tokens), rewards
 
 
@@ -227,7 +227,7 @@ def report(args, task, process, exact, reference, model, paid):
     n_known = len(paid.reward_of)
     print("report: mean reward; KL to the pre-trained model, nats; share of distinct samples; "
           "hamming: share of\nslots in which two samples differ; commonest: share of the commonest "
-          "letter; a few samples.\nbest of 16: the best of each 16 that the pre-trained model draws")
+          "letter; a few samples.\nbest of 16: the best of each 16 samples of the pre-trained one")
 
     rows = {}
 
@@ -314,9 +314,9 @@ def histograms(drawn, file):
     figure.savefig(file, dpi=110)
 
 
-def movie(task, path, file):
+def movie(task, path, rewards, file):
     """A GIF of the reverse process of eight samples: a row per sample, a cell per slot, grey while
-    it is masked."""
+    it is masked; the rewards come with the last state."""
     from matplotlib import colormaps
     from matplotlib.animation import FuncAnimation, PillowWriter
     from matplotlib.figure import Figure
@@ -329,9 +329,11 @@ def movie(task, path, file):
         state = path.state(j)[:8]
         axis.clear()
         axis.axis("off")
-        axis.set_title(f"state {j} of {last}", fontsize=8)
+        axis.set_title(f"event {j} of {last}")
+        labels = [f"{reward:.2f} " if j == last else " " * 6 for reward in rewards[:8]]
         letters = [list(string.replace(task.blank, " ")) for string in task.decode(state)]
-        axis.table(letters, colours(state.numpy(), alpha=0.8), cellLoc="center", bbox=[0, 0, 1, 1])
+        axis.table(letters, colours(state.numpy(), alpha=0.8), cellLoc="center", rowLabels=labels,
+                   bbox=[0.1, 0, 0.9, 1])
 
     frames = list(range(last + 1)) + [last] * 4         # hold the result for a while
     FuncAnimation(figure, frame, frames).save(file, writer=PillowWriter(fps=2))
