@@ -149,7 +149,9 @@ def announce(args, task, data, device, n_optimum):
     counts = {"in rollouts": rollouts, "in evaluations": evaluations,
               "for the exact optimum": n_optimum, "in the report": 29 * args.report_samples // 4}
     cost = ", ".join(f"{n:,} {where}" for where, n in counts.items() if n)
-    print(f"task {args.task}: {len(data):,} sequences of {task.length} letters {task.alphabet!r}\n"
+    held = len(task.held_out(max(256, args.report_samples), args.seed)) if task.held else 0
+    print(f"task {args.task}: {len(data):,} sequences of {task.length} letters {task.alphabet!r}, "
+          f"{held:,} others held out\n"
           f"reward: {reward}, asked for at most {sum(counts.values()) + 2:,} samples: {cost}\n"
           f"method {args.algo}, beta {args.beta:g}; {device}; results in {args.out}",
           file=sys.stderr)

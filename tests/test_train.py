@@ -389,6 +389,7 @@ def test_the_start_says_which_reward_is_asked_and_how_often(tmp_path, capsys):
     run(tmp_path / "a", task="toy")
     err = capsys.readouterr().err
     assert "reward: the one built into toy, asked for at most 4,275 samples: " in err
+    assert "task toy: 100 sequences of 6 letters 'ACGT', 0 others held out" in err
     assert "32 in rollouts, 4,096 for the exact optimum, 145 in the report" in err
     assert f"method sepo, beta 0.1; cpu; results in {tmp_path / 'a'}" in err
     (tmp_path / "own.py").write_text("def score(samples): return [len(set(s)) for s in samples]\n")
