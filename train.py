@@ -51,12 +51,10 @@ DEFAULTS = {                                        # that go with a task, proce
                  eval_every=5),
     "ehrlich": dict(n_layer=2, n_embd=96, pretrain_iters=2000, group=64, iters=100, beta=0.002,
                     algo="wdce", explore=0.5, eval_every=5),
-    "own": dict(n_layer=2, n_embd=64, dropout=0.1, pretrain_iters=1000, group=64, iters=80,
-                algo="wdce", explore=0.5, eval_every=5),
-    "own, from 100 kB of data on": dict(
-                n_layer=4, conv=7, pretrain_iters=6000, pretrain_batch=64, group=64, iters=80,
-                algo="wdce", explore=0.5, eval_every=5),
-    "uniform": dict(pretrain_iters=2000, pretrain_lr=1e-3, iters=300),
+    "own": dict(n_layer=2, n_embd=64, dropout=0.1, pretrain_iters=1000, lr=3e-4),
+    "own, from 100 kB of data on": dict(n_layer=4, conv=7, pretrain_iters=6000, pretrain_batch=64,
+                                        lr=3e-4),
+    "uniform": dict(pretrain_iters=2000, pretrain_lr=1e-3),
     "loop": dict(path_events=0),
     "reinforce": dict(advantage="running", path_events=0, replay=0, clip=math.inf),
     "wdce": dict(updates=16, replay=0),
@@ -277,9 +275,11 @@ def summary(new, paid, clip_fraction, grad_norm):
 def advise(args, reward):
     """Tell the user after the first rollout what cannot work."""
     spread = reward.std(correction=0).item()
-    if (reward == reward.median()).double().mean() > 0.9:
-        print("warning: more than 90% of the first rollout's rewards are equal: a finer reward or "
-              "a larger --group would teach more", file=sys.stderr)
+    equal = (reward == reward.median()).double().mean().item()
+    if equal > 0.8 and (equal == 1 or args.algo != "wdce"):
+        print(f"warning: {equal:.0%} of the first rollout's rewards are equal: try --algo=wdce "
+              "--explore=0.5, which learns from the best so far, or a finer reward",
+              file=sys.stderr)
     elif args.beta > spread or args.beta < spread / 100:
         print(f"warning: the rewards of the first rollout spread by {spread:.3g}, and one nat of "
               f"KL costs --beta={args.beta:g}: try {spread / 4:.2g} to {spread / 2:.2g}",

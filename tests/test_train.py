@@ -381,7 +381,7 @@ def test_every_flag_is_explained_with_its_default():
     assert len(flags) >= 40
     for action in train.get_parser()._actions[1:]:
         assert action.help
-    assert re.search(r"uniform: .*--iters=300", shown) and re.search(r"toy: .*--n_embd=64", shown)
+    assert re.search(r"uniform: .*--pretrain_iters=2000", shown) and re.search(r"toy: .*--n_embd=64", shown)
 
 
 def test_the_start_says_which_reward_is_asked_and_how_often(tmp_path, capsys):
@@ -407,7 +407,7 @@ def test_the_size_of_the_network_follows_the_size_of_the_data(tmp_path):
     for n in (100, 200_000):
         (tmp_path / "data.txt").write_text("ACGT\n" * (n // 5))
         args = train.parse_args([f"--data={tmp_path / 'data.txt'}", "--reward=x.py:f", f"--out={tmp_path / 'x'}"])
-        assert (args.task, args.algo, args.updates, args.replay) == ("own", "wdce", 16, 0)
+        assert (args.task, args.algo, args.lr, args.replay) == ("own", "sepo", 3e-4, 7)
         found.append((args.n_layer, args.n_embd, args.pretrain_iters))
     assert found == [(2, 64, 1000), (4, 128, 6000)]
 
@@ -475,7 +475,16 @@ def test_learning_rate_is_lr(tmp_path):
 def test_equal_rewards_are_noticed(tmp_path, monkeypatch, capsys):
     set_two(monkeypatch, lambda x: (x < 0).all(1))
     run(tmp_path)
-    assert "warning: more than 90% of the first rollout's rewards are equal" in capsys.readouterr().err
+    assert ("warning: 100% of the first rollout's rewards are equal: try --algo=wdce --explore=0.5"
+            in capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("algo, share, is_told", [
+    ("sepo", 0.75, False), ("sepo", 0.85, True), ("wdce", 0.85, False), ("wdce", 1, True)])
+def test_rewards_far_from_the_data_are_noticed(algo, share, is_told, capsys):
+    reward = (torch.arange(100) >= 100 * share).float()[None]
+    train.advise(train.parse_args([f"--algo={algo}", "--out=nowhere"]), reward)
+    assert ("of the first rollout's rewards are equal" in capsys.readouterr().err) == is_told
 
 
 @pytest.mark.parametrize("beta, is_told", [(0.04, True), (0.06, False), (4, False), (6, True)])
