@@ -15,6 +15,7 @@ import math
 import random
 import re
 import sys
+import warnings
 import zlib
 from collections import defaultdict
 from contextlib import redirect_stdout
@@ -133,6 +134,7 @@ def ask(task, tokens, on_error=None):
         is_ours = isinstance(error, BadInput)           # such as a list that was sorted in place
         if on_error is not None and not is_ours:        # which sample was it? each is asked alone
             if len(tokens) == 1:
+                warnings.warn(f"the reward failed: {error!r}; --on_error makes it {on_error}")
                 return torch.tensor([on_error], dtype=torch.double, device=tokens.device)
             return torch.cat([ask(task, x, on_error) for x in tokens.split(1)])
         if isinstance(error, OSError):      # of the user's own, so no one-line message
@@ -167,24 +169,24 @@ class Paid:
     first have their "rank", and a process knows only its own. What a kill between the answer and
     the line costs cannot be known here: those samples alone are asked again."""
 
-    def __init__(self, file, rank=0, on_error=None):
+    def __init__(self, file, rank=0, on_error=None, pad=""):
         self.file, self.rank, self.on_error = file, rank, on_error
-        self.reward_of = {}                             # sample -> reward
+        self.reward_of = {}                             # sample without any pad -> reward
         self.seen, self.best = set(), -math.inf         # samples of rollouts; the largest reward
         self.old = defaultdict(list)    # (iter, stage) -> lines written before the run was resumed
         for line in whole_lines(file.read_text() if file.exists() else ""):
             if line.get("rank", 0) == rank:
-                self.reward_of[line["sample"]] = line["reward"]
+                self.reward_of[line["sample"].replace(pad, "")] = line["reward"]
                 self.old[line.get("iter"), line.get("stage")].append(line)
 
     def ask(self, task, tokens, iter=None, stage=None, **columns):
         """The reward of tokens [B, L] -> float64 [B]. columns: tensors [B] to be noted with it."""
-        strings = task.strings(tokens)
-        new = {s: i for i, s in enumerate(strings) if s not in self.reward_of}
+        strings, samples = task.strings(tokens), task.samples(tokens)
+        new = {s: i for i, s in enumerate(samples) if s not in self.reward_of}
         if new:
             answers = ask(task, tokens[list(new.values())], self.on_error).tolist()
             self.reward_of |= zip(new, answers)
-        rewards = [self.reward_of[string] for string in strings]
+        rewards = [self.reward_of[sample] for sample in samples]
         old = [line["sample"] for line in self.old.pop((iter, stage), [])]
         if old[-len(strings):] != strings:      # else it was killed after it had written these
             where = dict(iter=iter, stage=stage, rank=self.rank or None)
@@ -199,12 +201,12 @@ class Paid:
                 if file.write(text) < len(text):                # write here, too
                     raise OSError(f"{self.file} cannot be written: is the disk full?")
         if stage is None:
-            self.count(strings, rewards)
+            self.count(samples, rewards)
         return torch.tensor(rewards, dtype=torch.double, device=tokens.device)
 
-    def count(self, strings, rewards):
+    def count(self, samples, rewards):
         """len(seen) is the number of distinct samples in the rollouts."""
-        self.seen.update(strings)
+        self.seen.update(samples)
         self.best = max(self.best, *rewards)
 
     def recall(self, task, iter, group, size):
@@ -213,7 +215,7 @@ class Paid:
         if len(lines) < size:
             raise BadInput(f"{self.file} lacks rewards of iteration {iter}: it cannot be resumed")
         rollout = rollout_of(task, lines, group)
-        self.count([line["sample"] for line in lines], rollout.reward.flatten().tolist())
+        self.count(task.samples(rollout.tokens), rollout.reward.flatten().tolist())
         return rollout
 
 
@@ -249,8 +251,8 @@ def rollout_of(task, lines, group):
 
 def read_known(task, file, group):
     """--known=FILE: a rewards.jsonl, or CSV or TSV with columns `sample` and `reward` -> Rollouts
-    of one prompt and at most `group` samples each, as if the reference had drawn them; a sample
-    alone teaches nothing and is left out. Raises BadInput for what does not fit, with file, row."""
+    of one prompt and some `group` samples each, as if the reference had drawn them; the only sample
+    of a prompt teaches nothing and is left out. BadInput, with file and row, for what is wrong."""
     try:
         text = Path(file).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -259,9 +261,12 @@ def read_known(task, file, group):
         lines = [line for line in whole_lines(text) if line.get("stage") != "optimum"]
     else:
         delimiter = "\t" if "\t" in text.partition("\n")[0] else ","
-        lines = list(csv.DictReader(text.splitlines(), delimiter=delimiter))
+        lines = list(csv.DictReader(text.splitlines(), delimiter=delimiter, skipinitialspace=True))
     if not lines:
         raise BadInput(f"--known={file} has no row")
+    if not {"sample", "reward"} <= set(lines[0]):
+        raise BadInput(f"--known={file}: columns sample and reward are needed; it has "
+                       f"{', '.join(map(str, lines[0]))}")
     groups = defaultdict(list)
     for i, line in enumerate(lines, 1):
         try:
@@ -273,7 +278,12 @@ def read_known(task, file, group):
             raise BadInput(f"--known={file}, row {i}: the reward is {value}")
         prompt = task.decode(task.prompts(x))[0] if task.given else ""
         groups[prompt].append(dict(sample=line["sample"], reward=value))
-    parts = [lines[i:i + group] for lines in groups.values() for i in range(0, len(lines), group)]
+    parts = []
+    for lines in groups.values():
+        parts += [lines[i:i + group] for i in range(0, len(lines), group)]
+        if len(parts[-1]) == 1 < len(lines):            # the last one joins the others
+            last = parts.pop()
+            parts[-1] = parts[-1] + last
     return [rollout_of(task, part, len(part)) for part in parts if len(part) > 1]
 
 # -----------------------------------------------------------------------------
@@ -626,8 +636,7 @@ def open_task(name, length=0, data="", pad="", crop=False, reward="", format="")
     if reward:
         score, measure = load_reward(reward)
         task.reward = lambda tokens: score_in_order(score, task.samples(tokens))
-        task.measure = lambda tokens: {
-            name: float(value) for name, value in measure(task.samples(tokens)).items()}
+        task.measure = lambda tokens: measured(measure(task.samples(tokens)))
     return task
 
 
@@ -649,6 +658,22 @@ def score_in_order(score, samples):
     return values
 
 
+OURS = {"iter", "phase", "queries", "reward", "reward_std", "best", "kl", "clip_fraction",
+        "grad_norm"}
+
+
+def measured(columns):
+    """What a user's measure returned -> {column: float}; raises BadInput."""
+    try:
+        values = {str(name): float(value) for name, value in columns.items()}
+    except (AttributeError, TypeError, ValueError):
+        values = None
+    if values is None or OURS & values.keys():
+        raise BadInput(f"measure returned {columns!r:.80}: {{column: number}} is needed, and other "
+                       f"names than {', '.join(sorted(OURS))}")
+    return values
+
+
 def read_sequences(file, format=""):
     """A file, perhaps gzipped -> its sequences, list[str].
 
@@ -664,9 +689,15 @@ def read_sequences(file, format=""):
         raise BadInput(f"--data={file} is empty")
     if format == "text":
         return [" ".join(content.split())]
-    if format == "fasta" or not format and content.startswith(">"):
+    is_fasta = content.startswith(">")
+    if format == "fasta" and not is_fasta:
+        raise BadInput(f"--data={file} is no FASTA: it does not begin with >")
+    if is_fasta and format != "lines":
         records = content.removeprefix(">").split("\n>")        # a record's first line is its name
-        return ["".join(record.partition("\n")[2].split()) for record in records]
+        sequences = ["".join(record.partition("\n")[2].split()) for record in records]
+        if not any(sequences):
+            raise BadInput(f"--data={file} has names, and no sequence")
+        return sequences
     return [line.strip() for line in content.splitlines() if line.strip()]
 
 

@@ -82,6 +82,8 @@ def get_parser():
 def main(argv=None):
     parser = get_parser()
     args = parser.parse_args(argv)
+    if args.best and (args.compare or args.prompt or args.movie):
+        parser.error("--best shows what was asked: it has no --compare, --prompt or --movie")
     if args.compare and args.format != "text":
         parser.error(f"--compare prints a table: --format={args.format} is for one model")
     try:
@@ -95,7 +97,7 @@ def main(argv=None):
 
 def run(args):
     if args.best:
-        drawn = {"best": best_asked(Path(args.run) / "rewards.jsonl", args.best)}
+        drawn = {"best": best_asked(Path(args.run), args.best)}
     else:
         names = ["pretrained", "finetuned"] if args.compare else [args.which]
         drawn = {name: draw(args, Path(args.run) / f"{name}.pt") for name in names}
@@ -135,12 +137,11 @@ def draw(args, file):
     return task.samples(path.tokens), rewards
 
 
-def best_asked(file, n):
-    """The n best distinct samples in the rollouts of a rewards.jsonl -> strings, rewards."""
-    if not file.is_file():
-        raise BadInput(f"{file} is missing: is {file.parent} the folder of a run?")
+def best_asked(folder, n):
+    """The n best distinct samples in the rollouts of a run -> strings, rewards."""
+    pad, file = load(folder / "pretrained.pt")["flags"]["pad"], folder / "rewards.jsonl"
     lines = [line for line in whole_lines(file.read_text()) if "stage" not in line]
-    reward_of = {line["sample"]: line["reward"] for line in lines}
+    reward_of = {line["sample"].replace(pad, ""): line["reward"] for line in lines}
     if not reward_of:
         raise BadInput(f"{file} holds no rollout yet")
     ranked = sorted(reward_of, key=reward_of.get, reverse=True)[:n]

@@ -100,21 +100,22 @@ def run(args):
     data = task.data(args.data_size, torch.Generator().manual_seed(args.seed)).to(device)   # [n, L]
     if task.given and (args.explore or args.algo == "wdce"):
         raise BadInput("--explore and --algo=wdce are for tasks without prompts")
-    is_exact = task.given is None and process.is_small(task.length, args.steps)
+    is_exact = (task.given is None and args.task != "own"
+                and process.is_small(task.length, args.steps))
     if MASTER:
         announce(args, task, data, device, len(task.alphabet) ** task.length if is_exact else 0)
     known = read_known(task, args.known, args.group) if args.known else []
-    two = data[:2].unique(dim=0)
+    two = data[:2].unique(dim=0).flip(0)                # not in order: a reward may sort its list
     if not args.resume:                                 # an error costs less now than later
         checked = ask(task, two, args.on_error).tolist()
         task.measure(two)
     open_out_dir(args)
-    paid = Paid(args.out / "rewards.jsonl", RANK, args.on_error)
+    paid = Paid(args.out / "rewards.jsonl", RANK, args.on_error, task.pad)
     if not args.resume:
-        paid.reward_of |= zip(task.strings(two), checked)
+        paid.reward_of |= zip(task.samples(two), checked)
         paid.ask(task, two, stage="check")
     for rollout in known:                               # is not asked again, either
-        paid.reward_of |= zip(task.strings(rollout.tokens), rollout.reward.flatten().tolist())
+        paid.reward_of |= zip(task.samples(rollout.tokens), rollout.reward.flatten().tolist())
     if not source:
         pretrain(args, task, process, model, data)
     save_model(args, task, model, "pretrained.pt")
@@ -144,8 +145,10 @@ def announce(args, task, data, device, n_optimum):
     reward = os.path.relpath(args.reward) if args.reward else f"the one built into {args.task}"
     rollouts = args.iters * args.prompts * args.group
     evaluations = 256 * (args.iters // args.eval_every) if task.given else 0
+    n = args.report_samples
     counts = {"in rollouts": rollouts, "in evaluations": evaluations,
-              "for the exact optimum": n_optimum, "in the report": 29 * args.report_samples // 4}
+              "for the exact optimum": n_optimum,
+              "in the report": 3 * n + 17 * max(1, n // 4) if n else 0}
     cost = ", ".join(f"{n:,} {where}" for where, n in counts.items() if n)
     held = len(task.held_out(max(256, args.report_samples), args.seed)) if task.held else 0
     print(f"task {args.task}: {len(data):,} sequences of {task.length} letters {task.alphabet!r}, "
@@ -686,12 +689,15 @@ def parse_args(argv=None):
     parser.set_defaults(out=out, **fixed)               # flags that must stay as they were
     args = parser.parse_args(argv)
     for name, value in flags_of(args).items():
-        if not args.resume or name in ("save_every", "iters") or fixed.get(name) == value:
+        is_longer = name == "iters" and value > fixed.get(name, 0)
+        may_change = is_longer or name in ("save_every", "on_error")
+        if not args.resume or may_change or fixed.get(name) == value:
             continue
         if name == "reward_hash":
             parser.error("--resume: the file of --reward has changed since the run began, and old "
-                         "and new rewards do not mix: undo the change, or start anew with "
-                         "--overwrite, which keeps what was paid for in rewards.old.jsonl")
+                         "and new rewards do not mix: undo the change, or start another run with "
+                         f"--init={out}/pretrained.pt, and with --known={out}/rewards.jsonl if the "
+                         "old rewards still hold")
         parser.error(f"{name}={value}: the run in {out} has {fixed.get(name)}")
     check_combinations(parser, args)
     return args

@@ -223,7 +223,7 @@ def test_known_rewards_of_one_prompt_stay_together(tmp_path):
     ("sample,reward\nAA,1\n", "row 1: 'AA' has 2 letters, the task 3"),
     ("sample,reward\nAAC,much\n", "row 1: could not convert string to float: 'much'"),
     ("sample,reward\nAAC,nan\n", "row 1: the reward is nan"),
-    ("sample,reward\nAAC\n", "row 1: .*None"), ("sequence,reward\nAAC,1\n", "row 1: 'sample'"),
+    ("sample,reward\nAAC\n", "row 1: .*None"), ("sequence,reward\nAAC,1\n", "columns sample and reward are needed; it has sequence, reward"),
     ("", "known.csv has no row"), (None, "known.csv cannot be read: .*No such file")])
 def test_known_rewards_that_do_not_fit_get_a_line(text, message, tmp_path):
     if text is not None:
@@ -682,14 +682,15 @@ def test_on_error_is_the_reward_of_samples_whose_reward_fails(tmp_path):
         return [None if s[0] == "A" else math.nan if s[0] == "C" else 1 / (s[0] != "G") for s in samples]
     task = replace(TASKS["toy"](), reward=lambda tokens: reward(task.samples(tokens)))
     x = task.encode(["AAAAAA", "TTTTTT", "CAAAAA", "GAAAAA"])
-    assert ask(task, x, on_error=-5.0).tolist() == [-5, 1, -5, -5]
+    with pytest.warns(UserWarning, match="the reward failed: ZeroDivisionError.*makes it -5.0"):
+        assert ask(task, x, on_error=-5.0).tolist() == [-5, 1, -5, -5]
     assert ask(task, x[:3], on_error=0.0).tolist() == [0, 1, 0]
     with pytest.raises(ZeroDivisionError):
         ask(task, x)
     with pytest.raises(BadInput, match="the reward of sample 0, 'AAAAAA', is None: a finite number"):
         ask(task, x[:3])
     paid = rewards.Paid(tmp_path / "rewards.jsonl", on_error=-5.0)
-    assert paid.ask(task, x).tolist() == [-5, 1, -5, -5]
+    assert paid.ask(task, x[:3]).tolist() == [-5, 1, -5]
 
 
 def test_an_exception_of_the_users_own_is_never_a_line_of_ours():
@@ -709,3 +710,39 @@ def test_rewards_that_cannot_be_written_are_told(tmp_path, monkeypatch):
     task = TASKS["toy"]()
     with pytest.raises(OSError, match="rewards.jsonl cannot be written: is the disk full"):
         rewards.Paid(tmp_path / "rewards.jsonl").ask(task, task.encode(["TTTTTT"]))
+
+
+def test_samples_that_differ_in_their_pads_alone_are_paid_for_once(tmp_path):
+    """Also after the file was read again; the file keeps the slots."""
+    asked = []
+    task = replace(TASKS["toy"](4), alphabet="ACGT-", pad="-")
+    task.reward = lambda tokens: asked.extend(task.samples(tokens)) or [1.0] * len(tokens)
+    file = tmp_path / "rewards.jsonl"
+    x = task.encode(["A-C-", "AC--", "-AC-", "TT--"])
+    paid = rewards.Paid(file, pad="-")
+    paid.ask(task, x, iter=1)
+    rewards.Paid(file, pad="-").ask(task, x.flip(0), iter=2)
+    assert asked == ["AC", "TT"] and len(paid.seen) == 2
+    written = [line["sample"] for line in rewards.whole_lines(file.read_text())][:4]
+    assert written == ["A-C", "AC", "-AC", "TT"]
+
+
+@pytest.mark.parametrize("columns", [{"reward": 1}, {"iter": 1}, {"x": None}, {"x": [1]}, [1], None])
+def test_what_measure_must_not_return(columns):
+    with pytest.raises(BadInput, match="measure returned .*: {column: number} is needed"):
+        rewards.measured(columns)
+    assert rewards.measured({"x": 1, "y": torch.tensor(0.5)}) == {"x": 1.0, "y": 0.5}
+
+
+@pytest.mark.parametrize("content, format, message", [
+    (">a\n>b\n", "", "has names, and no sequence"), ("ACGT\n", "fasta", "is no FASTA: it does not begin")])
+def test_fasta_that_is_none(content, format, message, tmp_path):
+    with pytest.raises(BadInput, match=message):
+        open_task("own", 0, write(tmp_path, content), format=format)
+
+
+def test_the_last_known_row_joins_the_others(tmp_path):
+    rows = "".join(f"{s},1\n" for s in ("AAAAAA", "CCCCCC", "GGGGGG", "TTTTTT", "ACACAC"))
+    known = rewards.read_known(TASKS["toy"](), write(tmp_path, "sample, reward\n" + rows), 2)
+    assert [len(old.tokens) for old in known] == [2, 3]
+

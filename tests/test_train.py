@@ -439,6 +439,8 @@ def test_a_finished_run_asks_nothing_again_and_can_be_carried_on(tmp_path, monke
     train.main(["--task=two", f"--out={tmp_path}", "--resume", "--iters=7"])
     assert [line["iter"] for line in lines(tmp_path, "finetune")] == list(range(1, 8))
     assert json.loads((tmp_path / "config.json").read_text())["iters"] == 7
+    with pytest.raises(SystemExit):
+        train.main(["--task=two", f"--out={tmp_path}", "--resume", "--iters=6"])
     assert len(asked) == len(set(asked)) > n
 
 
@@ -450,7 +452,7 @@ def test_an_edited_reward_file_is_not_resumed(tmp_path, capsys):
     train.main(["--task=two", *args, "--resume"])
     file.write_text("def score(samples): return [len(s) for s in samples]\n")
     fails(train.main, ["--task=two", *args, "--resume"], "the file of --reward has changed .*"
-          "--overwrite, which keeps what was paid for in rewards.old.jsonl", capsys)
+          "--init=.*/pretrained.pt, and with --known=.*/rewards.jsonl", capsys)
 
 
 @pytest.mark.parametrize("full", ["last.part", "finetuned.part", "metrics.jsonl"])
@@ -898,7 +900,8 @@ def test_measure_is_tried_before_anything_is_paid_or_written(tmp_path):
     (["--movie=a.xyz"], "invalid name with .gif value"), (["--plot=a.x"], "invalid name with .png value"),
     (["--prompt=TC"], "--prompt=TC has 2 letters, the task 6 slots; _ is a free slot"),
     (["--prompt=TCTCTC"], "--prompt=TCTCTC has no free slot; _ is a free slot"),
-    (["--best=2", "--run=nowhere"], "rewards.jsonl is missing: is nowhere the folder of a run"),
+    (["--best=2", "--run=nowhere"], "pretrained.pt is missing: is nowhere the folder of a run"),
+    (["--best=2", "--movie=a.gif"], "--best shows what was asked: it has no --compare, --prompt or"),
     (["--prompt=TCX___"], "'X' at position 3 of --prompt is not in 'ACGT'; _ is a free slot"), (["--steps=-3"], "invalid int in .-1, inf. value"),
     (["--compare", "--format=fasta"], "--compare prints a table")])
 def test_bad_input_of_sample_gets_a_line(args, message, toy, capsys):
