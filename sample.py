@@ -299,8 +299,8 @@ def plot_curve(args):
         axis.set_xlabel(label)
         if keys:
             axis.legend()
-    figure.tight_layout()
-    figure.savefig(args.out / "curve.png", dpi=110)
+    figure.subplots_adjust(left=0.05, right=0.98, hspace=0.3)
+    figure.savefig(args.out / "curve.png")
 
 
 def histograms(drawn, file):

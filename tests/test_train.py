@@ -667,7 +667,7 @@ train.main(sys.argv[1:])
 
 def test_a_run_killed_again_and_again_ends_with_the_same_numbers(tmp_path):
     """SIGKILL at random moments, until the run is done; then metrics and weights, bit for bit."""
-    args = ["--task=toy", *TINY, "--pretrain_iters=40", "--iters=8", "--save_every=0",
+    args = ["--task=toy", *TINY, "--pretrain_iters=40", "--iters=8", "--save_every=0", "--eval_every=8",
             "--advantage=running", "--dropout=0.1", "--report_samples=0"]
     train.main([*args, f"--out={tmp_path / 'whole'}"])
     out, chance, kills = tmp_path / "killed", random.Random(0), 0
