@@ -392,6 +392,12 @@ def test_the_start_says_which_reward_is_asked_and_how_often(tmp_path, capsys):
     assert "task toy: 100 sequences of 6 letters 'ACGT', 0 others held out" in err
     assert "32 in rollouts, 4,096 for the exact optimum, 145 in the report" in err
     assert f"method sepo, beta 0.1; cpu; results in {tmp_path / 'a'}" in err
+    args = train.parse_args(["--task=arithmetic", f"--out={tmp_path / 'c'}", *TINY])
+    task = TASKS["arithmetic"]()
+    train.announce(args, task, task.data(50), "cpu", 0)
+    err = capsys.readouterr().err
+    assert "2,048 in rollouts, 512 in evaluations, 145 in the report" in err
+    assert "50 sequences of 9 letters '0123456789+=', 256 others held out" in err
     (tmp_path / "own.py").write_text("def score(samples): return [len(set(s)) for s in samples]\n")
     (tmp_path / "data.txt").write_text("\n".join(["AB" * 5, "BA" * 5, "CCCCCAAAAA"] * 10))
     args = [f"--data={tmp_path / 'data.txt'}", f"--reward={tmp_path / 'own.py'}:score", *TINY[:-1]]
