@@ -719,12 +719,12 @@ def test_samples_that_differ_in_their_pads_alone_are_paid_for_once(tmp_path):
     task.reward = lambda tokens: asked.extend(task.samples(tokens)) or [1.0] * len(tokens)
     file = tmp_path / "rewards.jsonl"
     x = task.encode(["A-C-", "AC--", "-AC-", "TT--"])
+    rewards.Paid(file, pad="-").ask(task, x[:1], iter=1)
     paid = rewards.Paid(file, pad="-")
-    paid.ask(task, x, iter=1)
-    rewards.Paid(file, pad="-").ask(task, x.flip(0), iter=2)
+    paid.ask(task, x, iter=2)
     assert asked == ["AC", "TT"] and len(paid.seen) == 2
-    written = [line["sample"] for line in rewards.whole_lines(file.read_text())][:4]
-    assert written == ["A-C", "AC", "-AC", "TT"]
+    written = [line["sample"] for line in rewards.whole_lines(file.read_text())]
+    assert written == ["A-C", "A-C", "AC", "-AC", "TT"]
 
 
 @pytest.mark.parametrize("columns", [{"reward": 1}, {"iter": 1}, {"x": None}, {"x": [1]}, [1], None])
