@@ -688,19 +688,24 @@ def parse_args(argv=None):
     parser.set_defaults(report_samples=rewards // 290 * 4 if args.reward else 1000)
     parser.set_defaults(out=out, **fixed)               # flags that must stay as they were
     args = parser.parse_args(argv)
+    if args.resume:
+        check_resumed(parser, args, fixed)
+    check_combinations(parser, args)
+    return args
+
+
+def check_resumed(parser, args, fixed):
+    """Refuse flags that differ from those of the run; it may get longer."""
     for name, value in flags_of(args).items():
-        is_longer = name == "iters" and value > fixed.get(name, 0)
-        may_change = is_longer or name in ("save_every", "on_error")
-        if not args.resume or may_change or fixed.get(name) == value:
+        is_longer = name == "iters" and value > fixed[name]
+        if is_longer or name in ("save_every", "on_error") or fixed.get(name) == value:
             continue
         if name == "reward_hash":
             parser.error("--resume: the file of --reward has changed since the run began, and old "
                          "and new rewards do not mix: undo the change, or start another run with "
-                         f"--init={out}/pretrained.pt, and with --known={out}/rewards.jsonl if the "
-                         "old rewards still hold")
-        parser.error(f"{name}={value}: the run in {out} has {fixed.get(name)}")
-    check_combinations(parser, args)
-    return args
+                         f"--init={args.out}/pretrained.pt, and with "
+                         f"--known={args.out}/rewards.jsonl if the old rewards still hold")
+        parser.error(f"{name}={value}: the run in {args.out} has {fixed.get(name)}")
 
 
 def check_combinations(parser, args):
