@@ -245,7 +245,7 @@ def report(args, task, process, exact, reference, model, paid):
     for name, policy in (("pre-trained", reference), ("fine-tuned", model)):
         path = process.sample(policy, n, task.length, args.steps, prompts)
         add(name, path.tokens, process.path_kl(reference, path).mean().item())
-    after_tokens = path.tokens
+    tuned = path.tokens
     if prompts is not None:
         prompts = prompts[:few].repeat_interleave(k, dim=0)
     many = process.sample(reference, few * k, task.length, args.steps, prompts).tokens
@@ -258,7 +258,7 @@ def report(args, task, process, exact, reference, model, paid):
     (args.out / "report.json").write_text(json.dumps(rows, indent=2) + "\n")
     before, after = rows["pre-trained"], rows["fine-tuned"]
     if after["hamming"] < before["hamming"] / 2 or after["commonest"] > 1.5 * before["commonest"]:
-        counts = torch.bincount(after_tokens.flatten(), minlength=task.vocab_size)
+        counts = torch.bincount(tuned.flatten(), minlength=task.vocab_size)
         print("note: the samples have become much more alike, with much "
               f"{task.alphabet[counts.argmax()]!r}. If that is not what you want, try a larger "
               "--beta, or a reward that forbids it")

@@ -145,12 +145,12 @@ def announce(args, task, data, device, n_optimum):
     reward = os.path.relpath(args.reward) if args.reward else f"the one built into {args.task}"
     rollouts = args.iters * args.prompts * args.group
     evaluations = 256 * (args.iters // args.eval_every) if task.given else 0
-    n = args.report_samples
+    samples = args.report_samples
     counts = {"in rollouts": rollouts, "in evaluations": evaluations,
               "for the exact optimum": n_optimum,
-              "in the report": 3 * n + 17 * max(1, n // 4) if n else 0}
+              "in the report": 3 * samples + 17 * max(1, samples // 4) if samples else 0}
     cost = ", ".join(f"{n:,} {where}" for where, n in counts.items() if n)
-    held = len(task.held_out(max(256, args.report_samples), args.seed)) if task.held else 0
+    held = len(task.held_out(max(256, samples), args.seed)) if task.held else 0
     print(f"task {args.task}: {len(data):,} sequences of {task.length} letters {task.alphabet!r}, "
           f"{held:,} others held out\n"
           f"reward: {reward}, asked for at most {sum(counts.values()) + 2:,} samples: {cost}\n"
@@ -281,7 +281,8 @@ def advise(args, reward):
     equal = (reward == reward.median()).double().mean().item()
     if equal > 0.8 and (equal == 1 or args.algo != "wdce"):
         print(f"warning: {equal:.0%} of the first rollout's rewards are equal: try --algo=wdce "
-              "--explore=0.5, which learns from the best so far, or a finer reward",
+              "--explore=0.5 (without prompts), which learns from the best so far, or a finer "
+              "reward",
               file=sys.stderr)
     elif args.beta > spread or args.beta < spread / 100:
         print(f"warning: the rewards of the first rollout spread by {spread:.3g}, and one nat of "
@@ -562,6 +563,9 @@ def stop_or_value(text):
     return None if text == "stop" else number(float, -math.inf)(text)
 
 
+count, positive, weight = number(int, 0), number(int, 1), number(float, 0)
+
+
 def get_parser():
     epilog = "defaults that depend on task, process or method:"
     for name, flags in DEFAULTS.items():
@@ -569,8 +573,13 @@ def get_parser():
     parser = argparse.ArgumentParser(usage="train.py [--flag=value ...]", description=__doc__,
                                      epilog=epilog, formatter_class=HelpFormatter,
                                      allow_abbrev=False)
-    count, positive, weight = number(int, 0), number(int, 1), number(float, 0)
+    add_run_flags(parser)
+    add_network_flags(parser)
+    add_fine_tuning_flags(parser)
+    return parser
 
+
+def add_run_flags(parser):
     add = parser.add_argument_group("the run").add_argument
     add("--task", choices=[*TASKS, "own"], help="what to learn; own: the alphabet "
         "and the sequences of --data, and --reward (default: own with --data, else toy)")
@@ -604,6 +613,8 @@ def get_parser():
     add("--micro_batch", type=count, default=0,
         help="states per pass, to bound the memory (0: all of an update's)")
 
+
+def add_network_flags(parser):
     add = parser.add_argument_group("model").add_argument
     add("--process", choices=list(CHAINS), default="absorb", help="noise: masks or random letters")
     add("--n_layer", type=positive, default=4, help="transformer blocks")
@@ -626,6 +637,8 @@ def get_parser():
     add("--corrector_t", type=number(float, 0.001, 0.999), default=0.5,
         help="time at which the corrector runs")
 
+
+def add_fine_tuning_flags(parser):
     add = parser.add_argument_group("fine-tuning").add_argument
     add("--algo", choices=["sepo", "loop", "prdp", "reinforce", "wdce", "published"],
         default="sepo", help="method; published: SEPO's own estimator, in hundreds of passes")
@@ -659,7 +672,6 @@ def get_parser():
     add("--report_samples", type=count, help="samples per model in the final report, at most the "
         "held-out ones; 0: no report (default: 1000; with --reward so many that it asks at most a "
         "tenth of the rewards of the rollouts)")
-    return parser
 
 
 def parse_args(argv=None):

@@ -44,10 +44,11 @@ COMPARISONS = {             # name: (flags of all runs, the column to compare, {
         "loop, no replay": [*ONCE, *LOOP, "--updates=8"],
         "prdp, no replay": [*ONCE, *PRDP, "--updates=8"], "reinforce": [*ONCE, *REINFORCE]}),
     "arithmetic": (ARITHMETIC, "held_out_reward", {
-        "sepo": [], "loop": LOOP, "prdp": PRDP,
-        "sepo, no replay": ["--replay=0", "--updates=8", "--path_events=1"]}),
+        "sepo": [], "loop": LOOP, "prdp": [*PRDP, "--lr=1e-3"],
+        "sepo, no replay": ["--replay=0", "--updates=16", "--path_events=1"]}),
     "dna": (DNA, "true activity", {
-        "sepo": [], "loop": LOOP, "prdp": PRDP, "reinforce": REINFORCE, "sepo, no KL": ["--beta=0"]}),
+        "sepo": [], "loop": LOOP, "prdp": PRDP, "reinforce": REINFORCE,
+        "sepo, no replay": [*ONCE_SEPO, "--iters=15"]}),
     "beta": (DNA, "true activity", {
         f"beta {beta}": [f"--beta={beta}"] for beta in (0, 0.03, 0.1, 0.3)}),
     "ehrlich": (EHRLICH, "reward", {
