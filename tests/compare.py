@@ -6,9 +6,12 @@
     python tests/compare.py arithmetic      # every method on prompts never seen
     python tests/compare.py dna             # every method on the dna task
     python tests/compare.py beta            # dna: oracle and truth for several KL weights
+    python tests/compare.py corrector       # the toy: its moves in training, and at sampling alone
+    python tests/compare.py uniform         # the toy on the chain of random letters
 
-All variants of a seed start from one pre-trained model. Runs that --out holds already are kept:
-delete them if the code has changed. The figure goes to assets/<what>.png.
+All variants of a seed start from one pre-trained model, if they do not change pre-training. Runs
+that --out holds already are kept: delete them if the code has changed. The figure goes to
+assets/<what>.png, if there are variants to compare.
 """
 import argparse
 import json
@@ -21,18 +24,27 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import sample  # noqa: E402
+import sepo  # noqa: E402
+from diffusion import Absorbing  # noqa: E402
+from exact import corrected_law, rank  # noqa: E402
+from rewards import toy  # noqa: E402
 
 TOY = ["--task=toy", "--report_samples=0", "--eval_every=2"]
 ARITHMETIC = ["--task=arithmetic", "--report_samples=0"]
 DNA = ["--task=dna", "--report_samples=500"]
 EHRLICH = ["--task=ehrlich", "--report_samples=0", "--eval_every=2"]
-ONCE = ["--replay=0", "--group=128", "--iters=40"]              # every reward is used in one rollout
+ONCE = ["--replay=0", "--group=128", "--iters=40"]          # every reward is used in one rollout
 ONCE_SEPO = [*ONCE, "--updates=16", "--path_events=1"]
 LABELS = {"queries": "rewards asked", "kl": "KL of the paths, nats", "reward": "oracle"}
 LOOP, PRDP, REINFORCE = ["--algo=loop"], ["--algo=prdp"], ["--algo=reinforce"]
-MARKS = (128, 256, 512, 1024, 2560, 5120)
+UNTRAINED = ["--pretrain_iters=50"]     # so that the model's conditionals agree with nothing
+MARKS, MOVES = (128, 256, 512, 1024, 2560, 5120), (0, 8, 32, 128)
 
 COMPARISONS = {             # name: (flags of all runs, the column to compare, {variant: its flags})
     "defaults": ([], "reward", {
@@ -54,6 +66,10 @@ COMPARISONS = {             # name: (flags of all runs, the column to compare, {
     "ehrlich": (EHRLICH, "reward", {
         "wdce, explore": [], "wdce": ["--explore=0"],
         "sepo": ["--algo=sepo", "--explore=0", "--replay=7"]}),
+    "corrector": (TOY, "share_of_optimum", {
+        f"{name}{n} moves": [f"--corrector_steps={n}", *flags]
+        for name, flags in (("", []), ("50 steps of pre-training, ", UNTRAINED)) for n in MOVES}),
+    "uniform": (TOY, "share_of_optimum", {"uniform": ["--process=uniform"]}),
 }
 
 
@@ -85,9 +101,10 @@ def run(out, name, seed, key):
     """-> the metrics of every evaluation of the run of one variant and seed."""
     common, _, variants = COMPARISONS[out.name]
     flags = [*common, *variants[name]]
-    start = pretrained(out.parent, flags[0], seed)
     folder = folder_of(out, name, seed)
-    train(folder, *flags, f"--seed={seed}", f"--init={start}")
+    if not any(flag.startswith(("--pretrain", "--process")) for flag in flags):
+        flags.append(f"--init={pretrained(out.parent, flags[0], seed)}")
+    train(folder, *flags, f"--seed={seed}")
     lines = [json.loads(line) for line in open(folder / "metrics.jsonl")]
     lines = [line for line in lines if key in line and line["phase"] == "finetune"]
     lines[-1]["cpu"] = float((folder / "cpu_seconds").read_text())
@@ -100,8 +117,8 @@ def span(values):
 
 
 def table(runs, key, marks):
-    """Markdown: the column where so many rewards had been asked, at the end for every seed, and what
-    a run asked and took."""
+    """Markdown: the column where so many rewards had been asked, at the end for every seed, and
+    what a run asked and took."""
     heads = [f"at {mark:,}" for mark in marks]
     heads += ["at the end, every seed", "median", "rewards", "CPU seconds"]
     rows = [f"| | {' | '.join(heads)} |", "|" + " --- |" * (len(heads) + 1)]
@@ -148,6 +165,37 @@ def figure(runs, panels, file):
     axes[0, 0].legend(fontsize=8)
     drawing.tight_layout()
     drawing.savefig(file, dpi=110)
+
+
+class Known:
+    """A process whose models are their distributions."""
+    vocab_size = 4
+
+    def exact_law(self, law, length, steps):
+        return law
+
+
+def corrected_samples(out, seeds):
+    """Moves at sampling alone, after runs without the corrector: the share of the optimum of the
+    fine-tuned model, and the cross-entropy of the data, nats, of the pre-trained one."""
+    task, process = toy(), Absorbing(4)
+    x = rank(task.data(50_000, torch.Generator().manual_seed(0)), 4)
+    print("\n| at sampling alone | " + " | ".join(f"{n} moves" for n in MOVES) + " |")
+    print("| --- " * 5 + "|")
+    for name in ("0 moves", "50 steps of pre-training, 0 moves"):
+        shares, losses = [], []
+        for seed in seeds:
+            models = [sample.load_model(folder_of(out, name, seed) / f"{which}.pt")[0]
+                      for which in ("pretrained", "finetuned")]
+            laws = [process.exact_law(model, task.length).detach() for model in models]
+            before, after = (corrected_law(process, model, law, 0.5, MOVES)
+                             for model, law in zip(models, laws))
+            share = sepo.ground_truth(Known(), laws[0], task.reward, task.length, beta=0.1)
+            shares.append([share(law)["share_of_optimum"] for law in after])
+            losses.append([-law[x].log().mean().item() for law in before])
+        for what, rows in (("share of the optimum", shares), ("cross-entropy of the data", losses)):
+            cells = (", ".join(f"{value:.3f}" for value in values) for values in zip(*rows))
+            print(f"| {name.replace('0 moves', '')}{what} | " + " | ".join(cells) + " |")
 
 
 def median_and_range(values):
@@ -206,12 +254,15 @@ def main():
     if args.what == "defaults":
         return print(task_table(out, names, seeds))
     print(table(runs, key, MARKS))
+    if args.what == "corrector":
+        corrected_samples(out, seeds)
     if flags == DNA:
         print("\n" + report_table(out, names, seeds))
     panels = [("queries", key)]
     if args.what == "beta":                             # over-optimization
         panels = [("kl", "reward"), ("kl", key)]
-    figure(runs, panels, args.picture or ROOT / "assets" / f"{args.what}.png")
+    if len(names) > 1:
+        figure(runs, panels, args.picture or ROOT / "assets" / f"{args.what}.png")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """The published policy gradients for masked diffusion in one frame, beside the exact gradient.
 
-    python tests/estimators.py table        # expected gradient, noise and cost, by enumeration
-    python tests/estimators.py curves       # what each of them learns on the toy
+    python tests/estimators.py table                        # by enumeration: bias, noise and cost
+    python tests/estimators.py curves --seeds=5             # what each of them learns on the toy
+    python tests/estimators.py curves --task=arithmetic     # and on prompts never seen
 
 A policy gradient for masked diffusion looks at a finished sample x, or at the path that led to it.
 It masks some of its slots, scores the tokens of some masked slots there, and multiplies what it
@@ -16,13 +17,13 @@ gradient of every estimator is known without noise, and its noise is, too.
 """
 import argparse
 import itertools
-import json
 import math
 import random
 import statistics
 import sys
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Callable
 
@@ -31,11 +32,12 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import compare  # noqa: E402
+import sample  # noqa: E402
 import sepo  # noqa: E402
 from diffusion import Absorbing, MaskPath, View, gumbel_argmax, pick  # noqa: E402
 from exact import (Table, exact_p, gradient, network, posterior_table, random_law,  # noqa: E402
                    rank, sequences)
-from model import Config, Denoiser  # noqa: E402
 from rewards import TASKS  # noqa: E402
 
 # -----------------------------------------------------------------------------
@@ -116,7 +118,7 @@ def noised(order):
 
 
 def random_mask(order):
-    """UniGRPO (MMaDA, 2505.15809), as its authors' later code has it: the mean over a random mask."""
+    """UniGRPO (MMaDA, 2505.15809), as its authors' later code has it: the mean of a random mask."""
     return [(p, [(slots, slots, 1 / len(slots))] if slots else [])
             for p, slots, _ in by_level(len(order), 0.1, 0.9)]
 
@@ -172,32 +174,33 @@ def terminal(order):
     return [(1 / len(order), [([i], [i], float(len(order)))]) for i in range(len(order))]
 
 # -----------------------------------------------------------------------------
-# losses: (process, model, view, A [R], chance [R]) -> scalar. R rows, each a sample with one draw, of
-# the probability `chance`; in training every row has 1/R. view.weight is that of a state in its draw.
+# losses: (process, model, view, A [P, G], chance [P, G]) -> scalar. P prompts with G rows each; a
+# row is a sample with one draw, of probability `chance`, in training 1/(P G). view.weight is that of a
+# state in its draw.
 
 
 def token_loss(process, model, view, A, chance, clip=0.2):
     """A ratio and PPO's clip per token."""
-    return sepo.sepo_loss(process, model, view, A * chance, clip)[0]
+    return sepo.sepo_loss(process, model, view, (A * chance).flatten(), clip)[0]
 
 
 def step_loss(process, model, view, A, chance, clip=0.2):
     """A ratio and PPO's clip per state, with all tokens that are scored there."""
-    return sepo.loop_loss(process, model, view, A * chance, clip)[0]
+    return sepo.loop_loss(process, model, view, (A * chance).flatten(), clip)[0]
 
 
-def bound(process, model, view, R):
-    """Sum of the scored log-probabilities of each row, weighted -> [R], and the same before."""
+def bound(process, model, view, A):
+    """Sum of the scored log-probabilities of each row, weighted -> [P, G], and the same before."""
     logp = torch.stack((process.logp(model, view), view.logp_old))                  # [2, n, k]
     states = (logp * view.scored).sum(dim=2) * view.weight                          # [2, n]
-    return torch.zeros(2, R).index_add(1, view.row, states)
+    return torch.zeros(2, A.numel()).index_add(1, view.row, states).view(2, *A.shape)
 
 
 def sequence_loss(per_slot):
     """One ratio per sample: exp of the difference of its bound, per slot (ESPO) or not (GDPO)."""
     def loss(process, model, view, A, chance, clip=0.2):
-        new, old = bound(process, model, view, len(A))
-        L = view.x.size(1)
+        new, old = bound(process, model, view, A)
+        L = view.scored.any(dim=0).sum()
         objective = sepo.surrogate((new - old) / (L if per_slot else 1), A, clip)[0]
         return -(chance * objective / (1 if per_slot else L)).sum()
     return loss
@@ -205,24 +208,25 @@ def sequence_loss(per_slot):
 
 def mixed_loss(process, model, view, A, chance, clip=0.2):
     """A ratio per token, of a log-probability that is mixed from several states (coupled-GRPO)."""
-    L = view.x.size(1)
+    L = view.scored.any(dim=0).sum()
     logp = torch.stack((process.logp(model, view), view.logp_old))                  # [2, n, L]
     terms = logp * (view.scored * view.weight[:, None]) * L
-    new, old = torch.zeros(2, len(A), L).index_add(1, view.row, terms)
-    return -(chance[:, None] * sepo.surrogate(new - old, A[:, None], clip)[0]).sum() / L
+    new, old = torch.zeros(2, A.numel(), view.y.size(1)).index_add(1, view.row, terms)
+    A, chance = A.flatten()[:, None], chance.flatten()[:, None]
+    return -(chance * sepo.surrogate(new - old, A, clip)[0]).sum() / L
 
 
 def weighted_loss(weights_of):
-    """No ratio: the bound, weighted by what weights_of makes of the advantages of a group."""
+    """No ratio: the bound, weighted by what weights_of makes of the advantages of each prompt."""
     def loss(process, model, view, A, chance):
-        return -(chance * weights_of(A, chance) * bound(process, model, view, len(A))[0]).sum()
+        return -(chance * weights_of(A, chance) * bound(process, model, view, A)[0]).sum()
     return loss
 
 
-def tilted(A, chance, temperature=1.0):
-    """softmax(A / temperature) over the samples, times their number: the weights of p* (WDCE)."""
-    weights = (A / temperature).exp()
-    return weights / (chance * weights).sum()
+def tilted(A, chance):
+    """softmax(A) over the samples of each prompt, times their number: the weights of p* (WDCE)."""
+    weights = A.exp()
+    return weights * chance.sum(dim=1, keepdim=True) / (chance * weights).sum(dim=1, keepdim=True)
 
 
 def pull_and_push(A, chance):
@@ -233,21 +237,23 @@ def pull_and_push(A, chance):
 def sandwich_loss(process, model, view, A, chance, beta=1.5):
     """SPG: the bound from below where A > 0; else one from above, per slot the log of the mean over
     the states of p^beta / t, divided by beta; both are means over slots."""
-    L = view.x.size(1)
     logp = process.logp(model, view)                                                # [n, L]
-    below = bound(process, model, view, len(A))[0] / 2
-    level = view.scored.sum(dim=1, keepdim=True) / L                                # t of a state
-    inside = torch.zeros(len(A), L).index_add(
+    below = bound(process, model, view, A)[0] / 2
+    level = view.scored.sum(dim=1, keepdim=True) / view.scored.any(dim=0).sum()     # t of a state
+    inside = torch.zeros(A.numel(), logp.size(1)).index_add(
         0, view.row, view.scored * (beta * logp).exp() / level / 2)
     seen = inside > 0
     above = torch.where(seen, inside.where(seen, 1).log() / beta, 0).sum(dim=1) / seen.sum(dim=1)
-    return -(chance * A * torch.where(A > 0, below, above)).sum()
+    return -(chance * A * torch.where(A > 0, below, above.view_as(A))).sum()
 
 
 def consistent_loss(process, model, view, A, chance):
     """The bound of the model's own samples beside it, which holds it tight (DiPOD, 2606.13795)."""
-    own = bound(process, model, view, len(A))[0]
-    return token_loss(process, model, view, A, chance) - (chance * own).sum()
+    own = bound(process, model, view, A)[0]
+    return token_loss(process, model, view, A, chance) - 0.05 * (chance * own).sum()
+
+
+SOFTMAX = weighted_loss(pull_and_push), weighted_loss(tilted)   # of A over a temperature
 
 
 @dataclass
@@ -272,7 +278,8 @@ def view_of(x, states, V):
         is_scored = torch.zeros(L, dtype=torch.bool)
         is_scored[scored] = True
         t = torch.full((S,), len(masked) / (L + 1))
-        parts.append((torch.arange(S), noised, t, x, is_scored.expand(S, L), torch.full((S,), weight)))
+        weights = torch.full((S,), weight)
+        parts.append((torch.arange(S), noised, t, x, is_scored.expand(S, L), weights))
     row, noised, t, y, is_scored, weight = map(torch.cat, zip(*parts))
     return View(row, None, noised, t, None, None, y, is_scored, None, weight,
                 torch.full_like(weight, 1 / len(weight)))
@@ -341,14 +348,14 @@ class Entries:
 
 
 def expected_gradient(process, entries, policy, L, reward, estimator):
-    """-> (expected gradient [P], its noise: the standard deviation of the gradient of one sample with
-    one draw, in units of the norm of the mean)."""
+    """-> (expected gradient [P]; its noise, in units of the norm of the mean: the standard
+    deviation of the gradient of one sample with one draw)."""
     view, sample, chance = every_row(process, policy, L, estimator)
     R = reward[sample]
     A = R - (chance * R).sum()
     index = entries.index(view)
     leaf = entries.logp[index].requires_grad_()
-    loss = estimator.loss(entries.logp_of(leaf), None, view, A, chance)
+    loss = estimator.loss(entries.logp_of(leaf), None, view, A[None], chance[None])
     slope = -torch.autograd.grad(loss, leaf)[0]                                     # [n, L]
     E = len(entries.logp)
     flat = torch.zeros(len(chance) * E).index_add(
@@ -363,6 +370,8 @@ def expected_gradient(process, entries, policy, L, reward, estimator):
 ESTIMATORS = {
     "sepo, 1 event": Estimator(some_events(1), token_loss, lambda L: 1, True),
     "sepo, all events; LOOP, DCoLT, CJ-GRPO": Estimator(all_events, step_loss, lambda L: L, True),
+    "sepo, all events, no clip": Estimator(all_events, partial(token_loss, clip=math.inf),
+                                           lambda L: L, True),
     "sepo, all events of a new path (replay)": Estimator(new_order, token_loss, lambda L: L),
     "AGRPO, 2 states": Estimator(some_events(2), token_loss, lambda L: 2, True),
     "TraceRL": Estimator(merged(1, True), token_loss, lambda L: L, True),
@@ -378,9 +387,9 @@ ESTIMATORS = {
     "ESPO": Estimator(complements, sequence_loss(True), lambda L: 2),
     "GDPO": Estimator(quadrature, sequence_loss(False), lambda L: 2),
     "SPG": Estimator(two_masks, sandwich_loss, lambda L: 2),
-    "wd1": Estimator(all_masked, weighted_loss(pull_and_push), lambda L: 1),
-    "DMPO": Estimator(mask_and_rest, weighted_loss(pull_and_push), lambda L: 2),
-    "WDCE (TR2-D2, MDNS)": Estimator(noised, weighted_loss(tilted), lambda L: 1),
+    "wd1": Estimator(all_masked, SOFTMAX[0], lambda L: 1),
+    "DMPO": Estimator(mask_and_rest, SOFTMAX[0], lambda L: 2),
+    "WDCE (TR2-D2, MDNS)": Estimator(noised, SOFTMAX[1], lambda L: 1),
 }
 
 
@@ -388,7 +397,8 @@ def pretrained(process, L, rollouts, reward):
     """A small network, trained on samples of a random distribution, and after some rollouts."""
     torch.manual_seed(0)
     model = network(process.vocab_size, L, n_embd=16, scale=0.5)
-    data = sequences(process.vocab_size, L)[random_law(process.vocab_size, L).multinomial(5000, True)]
+    drawn = random_law(process.vocab_size, L).multinomial(5000, replacement=True)
+    data = sequences(process.vocab_size, L)[drawn]
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
 
     def step(loss):
@@ -437,11 +447,11 @@ def published(process, model, L, reward, draws):
 
 
 def as_in_its_code(process, model, L, reward, draws=300, M=2, clip=0.2):
-    """SEPO as its code has it (github.com/ozekri/SEPO, the DNA experiment): log s is the log-softmax
-    at the finished sample x, for all letters of all slots; p(y), for y = x too, is the harmonic mean
-    of the probabilities, given y, of the letter in slot m of sample m of M; the ratio to the old
-    policy is that of two such estimates; the smaller of two sums over all samples counts, and that
-    sum is minimized."""
+    """SEPO as its code has it (github.com/ozekri/SEPO, the DNA experiment): log s is the
+    log-softmax at the finished sample x, for all letters of all slots; p(y), for y = x too, is the
+    harmonic mean of the probabilities, given y, of the letter in slot m of sample m of M; the ratio
+    to the old policy is that of two such estimates; the smaller of two sums over all samples
+    counts, and that sum is minimized."""
     V = process.vocab_size
     x = sequences(V, L)
     S, zero = len(x), torch.zeros(len(x))
@@ -467,8 +477,8 @@ def as_in_its_code(process, model, L, reward, draws=300, M=2, clip=0.2):
 
 
 def table(L=3, V=3):
-    """Per estimator the cosine of its expected gradient with grad E[R], and in brackets its noise: the
-    standard deviation of the gradient of one sample, divided by the norm of the mean."""
+    """Per estimator the cosine of its expected gradient with grad E[R], and in brackets its noise:
+    the standard deviation of the gradient of one sample, divided by the norm of the mean."""
     process = Absorbing(V)
     reward = torch.randn(V ** L, generator=torch.Generator().manual_seed(1))
     before = pretrained(process, L, 0, reward)
@@ -523,27 +533,37 @@ def figure(points):
 
 
 # -----------------------------------------------------------------------------
-# what each of them learns on the toy
+# what each of them learns
 
-SETTINGS = [dict(updates=4, lr=1e-3), dict(updates=8, lr=2e-3)]     # the same two tries for each
-ROLLOUTS, GROUP, BETA = 40, 64, 0.1
+# per task: rollouts, prompts, samples per prompt, rollouts between evaluations; and the same two
+# tries for each estimator: updates per rollout, learning rate
+TASK = {"toy": (40, 1, 64, 8, [(4, 1e-3), (8, 2e-3)]),
+        "arithmetic": (20, 64, 4, 4, [(4, 3e-4), (4, 6e-4)])}
+BETA = 0.1
 
 
-def random_view(process, model, path, estimator, drawn):
-    """One random draw for each sample of a path -> View with logp_old."""
-    B, L = path.tokens.shape
+@cache
+def draws_of(draws, order):
+    return draws(list(order))
+
+
+def random_view(process, model, path, estimator):
+    """One random draw for each sample of a path -> View with logp_old. The same slots are free in
+    all of its samples."""
+    time = path.time[:, ~path.given[0]]                                             # [B, n]
     parts = []
-    for b, order in enumerate(path.time.argsort(dim=1, descending=True).tolist()):
-        if estimator.on_path or not drawn:
-            drawn[:] = estimator.draws(order)
+    for b, order in enumerate(time.argsort(dim=1, descending=True).tolist()):
+        drawn = draws_of(estimator.draws, tuple(order if estimator.on_path else sorted(order)))
         _, states = random.choices(drawn, [chance for chance, _ in drawn])[0]
         for masked, scored, weight in states:
-            marks = torch.zeros(2, L, dtype=torch.bool)
+            marks = torch.zeros(2, len(order), dtype=torch.bool)
             marks[0, masked] = marks[1, scored] = True
-            parts.append((b, marks, len(masked) / (L + 1), weight))
+            parts.append((b, marks, len(masked) / (len(order) + 1), weight))
     row, marks, t, weight = zip(*parts)
-    row, marks = torch.tensor(row), torch.stack(marks)
-    y = path.tokens[row]
+    row, free = torch.tensor(row), torch.stack(marks)                               # [S, 2, n]
+    y = path.tokens[row]                                                            # [S, L]
+    marks = torch.zeros(len(row), 2, y.size(1), dtype=torch.bool)
+    marks[:, :, ~path.given[0]] = free
     view = View(row, None, y.masked_fill(marks[:, 0], process.mask), torch.tensor(t), None, None, y,
                 marks[:, 1], None, torch.tensor(weight), torch.full((len(row),), 1 / len(row)))
     with torch.no_grad():
@@ -551,68 +571,98 @@ def random_view(process, model, path, estimator, drawn):
     return view
 
 
-def learn(start, process, task, estimator, exact, updates, lr, seed):
-    """-> [(rewards, passes with gradient, share of the optimum)] of a run on the toy."""
-    model, drawn, points = deepcopy(start), [], []
+def learn(task, process, start, estimator, score, updates, lr, seed):
+    """-> [(rewards, passes with gradient, score of the model)] of a run."""
+    rollouts, P, G, every, _ = TASK[task.name]
+    model, points = deepcopy(start).requires_grad_(), []
     optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0)
     torch.manual_seed(seed)
     random.seed(seed)
-    for i in range(ROLLOUTS):
-        path = process.sample(model, GROUP, task.length)
+    data = task.data(20_000, torch.Generator().manual_seed(seed))
+    chance = torch.full((P, G), 1 / P / G)
+    for i in range(rollouts):
+        prompt = None
+        if task.given:
+            prompt = task.prompts(data[torch.randint(len(data), (P,))]).repeat_interleave(G, dim=0)
+        path = process.sample(model, P * G, task.length, prompt=prompt)
         returns = task.reward(path.tokens) - BETA * process.path_kl(start, path)
-        A = sepo.advantages(returns[None], "loo")[0]
-        chance = torch.full((GROUP,), 1 / GROUP)
-        for view in [random_view(process, model, path, estimator, drawn) for _ in range(updates)]:
+        A = sepo.advantages(returns.view(P, G), "loo")
+        if estimator.loss in SOFTMAX:                   # of their temperature
+            A = A / BETA
+        for view in [random_view(process, model, path, estimator) for _ in range(updates)]:
             estimator.loss(process, model, view, A, chance).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.param_groups[0]["lr"] = lr * (1 - i / ROLLOUTS)
+            optimizer.param_groups[0]["lr"] = lr * (1 - i / rollouts)
             optimizer.step()
             optimizer.zero_grad()
-        if (i + 1) % 8 == 0:
-            rewards = (i + 1) * GROUP
-            passes = rewards * updates * estimator.passes(task.length)
-            points.append((rewards, passes, exact(model)["share_of_optimum"]))
+        if i == 0 or (i + 1) % every == 0:
+            rewards, n = (i + 1) * P * G, int((~path.given[0]).sum())
+            points.append((rewards, rewards * updates * estimator.passes(n), score(model)))
     return points
 
 
-def start_of(seed, process, task):
-    torch.manual_seed(seed)
-    model = Denoiser(Config(task.vocab_size, task.length, n_layer=2, n_head=4, n_embd=64))
-    data = task.data(20_000, torch.Generator().manual_seed(seed))
-    optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
-    for i in range(800):
-        optimizer.param_groups[0]["lr"] = 2e-3 * (1 - i / 800)
-        process.loss(model, data[torch.randint(len(data), (128,))]).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-    return model.requires_grad_().eval()
-
-
-def curves(seeds):
-    """Share of the toy's optimum for each estimator, at both settings: median and range of the seeds
-    at the end; the better setting is drawn, and bias against cost."""
-    task, process = TASKS["toy"](), Absorbing(4)
-    names = list(ESTIMATORS)
-    found = {name: [[], []] for name in names}
-    for seed in range(seeds):
-        start = start_of(seed, process, task)
+def score_of(task, process, start, seed):
+    """-> a function of a model: its share of the optimum, or its reward on prompts never seen."""
+    if task.given is None:
         exact = sepo.ground_truth(process, start, task.reward, task.length, BETA)
-        for name in names:
-            for k, setting in enumerate(SETTINGS):
-                points = learn(start, process, task, ESTIMATORS[name], exact, **setting, seed=seed)
-                found[name][k].append(points)
-                print(seed, name, setting, f"{points[-1][2]:.3f}", file=sys.stderr, flush=True)
-    (ROOT / "out").mkdir(exist_ok=True)
-    (ROOT / "out" / "estimators.json").write_text(json.dumps(found))
-    print("| estimator | passes per sample | 4 updates, rate 1e-3 | 8 updates, rate 2e-3 |")
-    print("| --- | --- | --- | --- |")
-    for name, runs in found.items():
-        cells = []
-        for run in runs:
-            ends = sorted(points[-1][2] for points in run)
-            cells.append(f"{statistics.median(ends):.2f} ({ends[0]:.2f} to {ends[-1]:.2f})")
-        print(f"| {name} | {ESTIMATORS[name].passes(task.length)} | " + " | ".join(cells) + " |")
+        return lambda model: exact(model)["share_of_optimum"]
+    prompts = task.prompts(task.held_out(256, seed))
+    return lambda model: task.reward(
+        process.sample(model, len(prompts), task.length, prompt=prompts).tokens).mean().item()
+
+
+def curves(name, seeds, out):
+    """Each estimator at both settings, from the pre-trained models of tests/compare.py: the scores
+    at the end as a table, and the curves of the better setting as a figure."""
+    torch.set_num_threads(1)
+    task, process, settings = TASKS[name](), Absorbing(TASKS[name]().vocab_size), TASK[name][-1]
+    found = {estimator: [[] for _ in settings] for estimator in ESTIMATORS}
+    for seed in range(seeds):
+        start, _ = sample.load_model(compare.pretrained(out, f"--task={name}", seed))
+        score = score_of(task, process, start, seed)
+        print(seed, f"at the start: {score(start):.3f}", file=sys.stderr, flush=True)
+        for estimator, runs in found.items():
+            for setting, run in zip(settings, runs):
+                points = learn(task, process, start, ESTIMATORS[estimator], score, *setting, seed)
+                run.append(points)
+                print(seed, estimator, setting, f"{points[-1][2]:.3f}", file=sys.stderr, flush=True)
+    heads = [f"{updates} updates, rate {lr:g}" for updates, lr in settings]
+    print("| estimator | passes per sample | " + " | ".join(heads) + " |\n" + "| --- " * 4 + "|")
+    for estimator, runs in found.items():
+        cells = [", ".join(f"{points[-1][2]:.2f}" for points in run) for run in runs]
+        passes = runs[0][0][0][1] // runs[0][0][0][0] // settings[0][0]
+        print(f"| {estimator} | {passes} | " + " | ".join(cells) + " |")
+    draw_curves(name, found)
+
+
+def draw_curves(name, found):
+    """assets/curves-<task>.png: medians over the seeds of the setting that ends better, against
+    rewards and against passes."""
+    from matplotlib.figure import Figure
+    drawing = Figure(figsize=(13, 5.5))
+    axes = drawing.subplots(1, 2, sharey=True)
+    medians = {estimator: max((list(zip(*(map(statistics.median, zip(*at)) for at in zip(*run))))
+                               for run in runs), key=lambda columns: columns[2][-1])
+               for estimator, runs in found.items()}
+    ranked = sorted(medians.items(), key=lambda item: -item[1][2][-1])
+    for i, (estimator, (rewards, passes, scores)) in enumerate(ranked):
+        kind = ESTIMATORS[estimator]
+        is_far = kind.draws in (all_masked, left_to_right)
+        color = "C2" if kind.on_path else "C3" if is_far else "C0"
+        for axis, x in zip(axes, (rewards, passes)):
+            axis.plot(x, scores, color=color, lw=1, marker=".", ms=4)
+            axis.annotate(f" {i + 1}", (x[-1], scores[-1]), fontsize=8, annotation_clip=True)
+    axes[0].set_xlabel("rewards asked")
+    axes[1].set_xlabel("passes with gradient")
+    axes[1].set_xscale("log")
+    axes[0].set_ylabel("share of the optimum" if name == "toy" else "true sums, prompts never seen")
+    axes[0].set_ylim(-0.3 if name == "toy" else 0, 1.02)
+    legend = "\n".join(f"{i + 1}  {estimator}" for i, (estimator, _) in enumerate(ranked))
+    axes[1].text(1.03, 0.5, legend, transform=axes[1].transAxes, fontsize=8, va="center")
+    drawing.suptitle("green: states that the path visited; blue: random masks of the sample; red: "
+                     "all slots masked, or left to right")
+    drawing.tight_layout()
+    drawing.savefig(ROOT / "assets" / f"curves-{name}.png", dpi=110)
 
 
 def cosine(a, b):
@@ -623,12 +673,14 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["table", "curves"])
+    parser.add_argument("--task", choices=list(TASK), default="toy", help="of the curves")
     parser.add_argument("--seeds", type=int, default=3, help="of the curves: 0, 1, ...")
+    parser.add_argument("--out", type=Path, default=ROOT / "out" / "compare", help="folder of runs")
     args = parser.parse_args()
     if args.what == "table":
         table()
     else:
-        curves(args.seeds)
+        curves(args.task, args.seeds, args.out)
 
 
 if __name__ == "__main__":

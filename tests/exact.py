@@ -1,7 +1,7 @@
 """Ground truth on small spaces: models as tables, distributions by enumeration, every path.
 
-Read first `Table` (a model that can be anything), then `every_path` (all that a sampler can do), then
-`gradient`: a test of a method compares its gradient over every path with autograd through the
+Read first `Table` (a model that can be anything), then `every_path` (all that a sampler can do),
+then `gradient`: a test of a method compares its gradient over every path with autograd through the
 exact distribution.
 """
 import itertools
@@ -124,6 +124,47 @@ def law_given(process, model, L, steps, prompt):
     law = process.exact_law(of_free_slots, int(free.sum()), steps)
     fits = (free | (every == prompt)).all(dim=1)
     return torch.zeros(len(every), dtype=law.dtype).masked_scatter(fits, law)
+
+
+@torch.no_grad()
+def corrected_law(process, model, law, t, moves):
+    """Distribution of the samples of `correct_path`, where those before it have `law` [V**L]: a
+    list, one for each of the rising numbers of `moves`. Absorbing chain, no grid."""
+    V, W = process.vocab_size, process.vocab_size + 1
+    L = round(math.log(len(law), V))
+    states, power = sequences(W, L), W ** torch.arange(L - 1, -1, -1)
+    n_masked = (states == V).sum(dim=1)                                             # [S]
+    mass = torch.zeros(W ** L, dtype=torch.double)
+    mass[n_masked == 0] = law.double()
+    for i in range(L):                                  # noise up to time t, slot by slot
+        slot = mass.view(W ** i, W, -1)
+        slot[:, V] = t * slot[:, :V].sum(dim=1)
+        slot[:, :V] *= 1 - t
+
+    def flow(mass, p, i):
+        """Every state jumps with probabilities p [S, w] to the first w letters in slot i."""
+        change = torch.arange(p.size(1)) - states[:, i, None]                       # [S, w]
+        target = torch.arange(W ** L)[:, None] + change * power[i]
+        return torch.zeros_like(mass).index_add(0, target.flatten(), (mass[:, None] * p).flatten())
+
+    time = torch.full((W ** L,), t)
+    jumps = [process.jump_probs(model, states, time, torch.full((W ** L, 1), i)).double()
+             for i in range(L)]                                                     # L times [S, W]
+    stay = 1 - sum(p.sum(dim=1) for p in jumps) / L
+    p = model(states, n_masked / (L + 1)).double().softmax(dim=-1)                  # [S, L, V]
+
+    def revealed(mass):
+        for m in range(L, 0, -1):
+            at = mass * (n_masked == m) / m             # each of the m masks is as likely the next
+            mass = mass * (n_masked < m) + sum(
+                flow(at * (states[:, i] == V), p[:, i], i) for i in range(L))
+        return mass[n_masked == 0]
+    laws, done = [], 0
+    for number in moves:
+        for _ in range(done, number):
+            mass = mass * stay + sum(flow(mass, jumps[i], i) for i in range(L)) / L
+        laws, done = [*laws, revealed(mass)], number
+    return laws
 
 
 def exact_p(process):

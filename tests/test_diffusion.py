@@ -10,8 +10,9 @@ import torch
 
 import sepo
 from diffusion import Absorbing, MaskPath, Uniform, pick, stratified
-from exact import (Posterior, Table, chi_square, every_path, has_bfloat16, kl, law_given, network,
-                   plain_loop, posterior_table, probability, random_law, rank, sequences)
+from exact import (Posterior, Table, chi_square, corrected_law, every_path, has_bfloat16, kl,
+                   law_given, network, plain_loop, posterior_table, probability, random_law, rank,
+                   sequences)
 from model import Denoiser
 
 P_MIN = 1e-3
@@ -580,6 +581,18 @@ def test_sampling_with_a_corrector_has_the_law_of_a_consistent_model(chain, step
     again = process.correct_path(model, prompted, 0.4, 5, steps)
     assert (again.tokens[:, 0] == 1).all() and (again.tokens[:, 1:] != prompted.tokens[:, 1:]).any()
     assert process.correct_path(model, prompted, 0.001, 1, steps).tokens.shape == (50, 3)
+
+
+def test_the_law_after_the_corrector_is_that_of_its_samples():
+    """And it is the law before it, where the model is consistent."""
+    process, model, law = Absorbing(3), Table(3, 2), random_law(3, 2)
+    torch.manual_seed(0)
+    path = MaskPath(sequences(3, 2)[law.multinomial(20_000, True)], torch.rand(20_000, 2), None, 3)
+    for moves, expected in zip((1, 6), corrected_law(process, model, law, 0.7, (1, 6))):
+        assert expected.sum().item() == pytest.approx(1, abs=1e-6)
+        assert chi_square(process.correct_path(model, path, 0.7, moves).tokens, expected, 3) > 1e-3
+    for after in corrected_law(process, posterior_table(law, 3, 2), law, 0.7, (0, 1, 6)):
+        assert torch.allclose(after, law.double(), atol=1e-6)
 
 
 def test_the_corrector_starts_at_the_nearest_step_of_the_grid():
