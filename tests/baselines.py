@@ -59,7 +59,7 @@ def filled(model, x):
 
 def svdd(process, model, prompt, reward, M, alpha):
     """Soft value-based decoding (SVDD, 2408.08252): in every event M proposals per sample, of which
-    one stays, in proportion to exp(value / alpha); the value of a state is the reward of `filled`."""
+    one stays, in proportion to exp(value / alpha); a state's value is the reward of `filled`."""
     x, n = prompt, len(prompt)
     for _ in range(int((prompt == process.mask).sum(dim=1).max())):
         slot = torch.where(x == process.mask, torch.rand(x.shape), -1).argmax(1).repeat(M)[:, None]
@@ -95,6 +95,26 @@ def smc(process, model, prompt, reward, alpha):
     return x[log_w.softmax(dim=0).multinomial(n, replacement=True)]
 
 
+def small_space(process, model, task, way, runs):
+    """Where all sequences can be listed, from that many runs of a way -> its mean reward, its KL to
+    the model, nats, and the mean reward that the optimum p* has at this KL."""
+    V, L = process.vocab_size, task.length
+    p_ref = process.exact_law(model, L).detach()
+    R = ask(task, torch.cartesian_prod(*[torch.arange(V)] * L))
+    tokens = torch.cat([way(task.reward) for _ in range(runs)])
+    index = (tokens * V ** torch.arange(L - 1, -1, -1)).sum(dim=1)
+    counts = torch.bincount(index, minlength=V ** L)
+    p = counts / len(tokens)
+    bias = (counts > 0).sum() / (2 * len(tokens))       # of the entropy (Miller and Madow)
+    kl = (torch.xlogy(p, p) - torch.xlogy(p, p_ref)).sum() - bias
+    low, high = 1e-3, 10.0                              # bisection for beta
+    for _ in range(60):
+        best = (p_ref.log() + R / (low * high) ** 0.5).softmax(dim=0)
+        is_far = torch.xlogy(best, best / p_ref).sum() > kl
+        low, high = ((low * high) ** 0.5, high) if is_far else (low, (low * high) ** 0.5)
+    return (p * R).sum().item(), kl.item(), (best * R).sum().item()
+
+
 def steer(folder, n, seed):
     """A table of what each way gives, and how many different samples it asks for per sample."""
     torch.manual_seed(seed)
@@ -106,29 +126,39 @@ def steer(folder, n, seed):
     prompt = task.prompts(x) if task.given else torch.full_like(x, process.mask)
     trained = len({line["sample"] for line in sample.whole_lines(
         (folder / "rewards.jsonl").read_text()) if "stage" not in line})
-    ways = {"pre-trained": lambda reward: process.sample(model, n, task.length, prompt=prompt).tokens,
-            "fine-tuned": lambda reward: process.sample(tuned, n, task.length, prompt=prompt).tokens}
+
+    def drawn(policy):
+        return lambda reward: process.sample(policy, n, task.length, prompt=prompt).tokens
+    ways = {"pre-trained": drawn(model), "fine-tuned": drawn(tuned)}
     for N in (4, 16, 64):
         ways[f"best of {N}"] = lambda reward, N=N: best_of(process, model, prompt, reward, N)
     for M in (2, 4):
         ways[f"SVDD, {M}"] = lambda reward, M=M: svdd(process, model, prompt, reward, M, run.beta)
     if not task.given:
         ways["SMC"] = lambda reward: smc(process, model, prompt, reward, run.beta)
-    print("| | mean reward | distinct | hamming | KL, nats | different samples asked, per sample |")
-    print("| --- | --- | --- | --- | --- | --- |")
+    is_small = not task.given and process.is_small(task.length)
+    heads = ["", "mean reward", "distinct", "hamming", "KL, nats", "samples asked per sample"]
+    heads += ["p* at this KL"] * is_small
+    print("| " + " | ".join(heads) + " |\n" + "| --- " * len(heads) + "|")
     for name, way in ways.items():
         paid = Paid(Path(os.devnull))
         tokens = way(lambda x: paid.ask(task, x))
-        cost = len(paid.reward_of) / n if paid.reward_of else 0
-        N = int(name.split()[-1]) if "best" in name else 1
-        kl = f"at most {math.log(N) - (N - 1) / N:.2f}" if N > 1 else ""
+        row = sample.diversity(tokens, task.vocab_size)
+        asked = f"{len(paid.reward_of) / n:.1f}"
+        kl = ""
+        if name.startswith("best of"):
+            N = int(name.split()[-1])
+            kl = f"at most {math.log(N) - (N - 1) / N:.2f}"
         if name == "fine-tuned":
             path = process.sample(tuned, n, task.length, prompt=prompt)
             kl = f"at most {process.path_kl(model, path).mean():.2f}"
-        row = sample.diversity(tokens, task.vocab_size)
-        asked = f"{cost:.1f}" if name != "fine-tuned" else f"0, after {trained:,}"
-        print(f"| {name} | {ask(task, tokens).mean():.3f} | {row['distinct']:.2f} | "
-              f"{row['hamming']:.2f} | {kl} | {asked} |", flush=True)
+            asked = f"0, after {trained:,}"
+        cells = [f"{ask(task, tokens).mean():.3f}", f"{row['distinct']:.2f}",
+                 f"{row['hamming']:.2f}", kl, asked]
+        if is_small:
+            mean, kl, best = small_space(process, model, task, way, 1 + 50_000 // n)
+            cells = [f"{mean:.3f}", *cells[1:3], f"{kl:.2f}", asked, f"{best:.3f}"]
+        print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
 
 
 def main():

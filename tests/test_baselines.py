@@ -4,7 +4,8 @@ import torch
 
 import baselines
 from diffusion import Absorbing
-from exact import chi_square, posterior_table, random_law, rank, sequences
+from exact import chi_square, kl, posterior_table, random_law, rank, sequences
+from rewards import TASKS, Task
 
 
 def setting(n=4000):
@@ -46,8 +47,21 @@ def test_smc_draws_from_the_tilted_distribution(alpha):
     assert (found - law / law.sum()).abs().max() < 0.02
 
 
+def test_the_kl_of_a_way_on_a_small_space_is_that_of_its_distribution():
+    """Here of samples of the optimum at beta 0.7, whose mean reward p* has at this KL, too."""
+    torch.manual_seed(0)
+    process, model = Absorbing(2), posterior_table(random_law(2, 4), 2, 4)
+    task = Task("small", "AB", 4, None, lambda x: torch.linspace(0, 3, 16)[rank(x, 2)])
+    p_ref, R = process.exact_law(model, 4).detach(), torch.linspace(0, 3, 16).double()
+    best = (p_ref.log() + R / 0.7).softmax(dim=0)
+    mean, kl_, at_kl = baselines.small_space(
+        process, model, task, lambda _: sequences(2, 4)[best.multinomial(5000, True)], runs=20)
+    assert mean == pytest.approx((best * R).sum().item(), abs=0.02)
+    assert kl_ == pytest.approx(kl(best, p_ref), abs=0.02)
+    assert at_kl == pytest.approx(mean, abs=0.03)
+
+
 def test_the_genetic_algorithm_asks_nothing_twice_and_finds_the_best():
-    from rewards import TASKS
     task = TASKS["toy"]()
     tokens, values = baselines.genetic_algorithm(task, 800, seed=0)
     assert len(tokens.unique(dim=0)) == 800 == len(values) and values.max() == 0.75
