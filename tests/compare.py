@@ -1,6 +1,7 @@
 """Every comparison of the README and of RESULTS.md, each with one command: a table and a figure.
 
     python tests/compare.py defaults        # every task as it is: the table of the README
+    python tests/compare.py toy --seeds=10  # the default run of the front page
     python tests/compare.py replay          # the toy: every method, with and without replay
     python tests/compare.py ehrlich         # wdce with and without exploration, and sepo
     python tests/compare.py arithmetic      # every method on prompts never seen
@@ -15,6 +16,7 @@ assets/<what>.png, if there are variants to compare.
 """
 import argparse
 import json
+import math
 import os
 import re
 import statistics
@@ -25,6 +27,8 @@ from itertools import product
 from pathlib import Path
 
 import torch
+from matplotlib import rcParams
+from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -41,6 +45,8 @@ DNA = ["--task=dna", "--report_samples=500"]
 EHRLICH = ["--task=ehrlich", "--report_samples=0", "--eval_every=2"]
 ONCE = ["--replay=0", "--group=128", "--iters=40"]          # every reward is used in one rollout
 ONCE_SEPO = [*ONCE, "--updates=16", "--path_events=1"]
+STYLE = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 11, "savefig.dpi": 110,
+         "figure.constrained_layout.use": True}             # of all figures of tests/
 LABELS = {"queries": "rewards asked", "kl": "KL of the paths, nats", "reward": "oracle"}
 LOOP, PRDP, REINFORCE = ["--algo=loop"], ["--algo=prdp"], ["--algo=reinforce"]
 UNTRAINED = ["--pretrain_iters=50"]     # so that the model's conditionals agree with nothing
@@ -49,6 +55,7 @@ MARKS, MOVES = (128, 256, 512, 1024, 2560, 5120), (0, 8, 32, 128)
 COMPARISONS = {             # name: (flags of all runs, the column to compare, {variant: its flags})
     "defaults": ([], "reward", {
         task: [f"--task={task}"] for task in ("toy", "arithmetic", "dna", "text", "ehrlich")}),
+    "toy": (TOY, "share_of_optimum", {"sepo": []}),
     "replay": (TOY, "share_of_optimum", {
         "sepo": [], "loop": LOOP, "prdp": PRDP, "wdce": ["--algo=wdce"],
         "sepo, no replay": ONCE_SEPO, "sepo, cap, no replay":
@@ -121,6 +128,7 @@ def table(runs, key, marks):
     what a run asked and took."""
     heads = [f"at {mark:,}" for mark in marks]
     heads += ["at the end, every seed", "median", "rewards", "CPU seconds"]
+    heads += ["rewards until 0.99"] * (key == "share_of_optimum")
     rows = [f"| | {' | '.join(heads)} |", "|" + " --- |" * (len(heads) + 1)]
     for name, seeds in runs.items():
         cells = []
@@ -133,17 +141,20 @@ def table(runs, key, marks):
         cells.append(f"{statistics.median(ends):.3f}")
         cells.append(f"{statistics.median(lines[-1]['queries'] for lines in seeds):,.0f}")
         cells.append(f"{statistics.median(lines[-1]['cpu'] for lines in seeds):.0f}")
+        if key == "share_of_optimum":
+            until = [min((line["queries"] for line in lines if line[key] >= 0.99), default=math.inf)
+                     for lines in seeds]
+            cells.append(", ".join(f"{n:.0f}".replace("inf", "-") for n in until))
         rows.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
 def figure(runs, panels, file):
     """A panel per (x, y): median over the seeds and the range of y; against the KL, every seed."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    drawing, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4), squeeze=False)
-    for axis, (x, y) in zip(axes[0], panels):
+    rcParams.update(STYLE)
+    drawing = Figure(figsize=(11, 4))
+    axes = drawing.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (x, y) in zip(axes, panels):
         for i, (name, seeds) in enumerate(runs.items()):
             if x == "kl":
                 for lines in seeds:
@@ -162,9 +173,8 @@ def figure(runs, panels, file):
         if y == "share_of_optimum":
             axis.set_ylim(0, 1.03)
             axis.set_xscale("log")
-    axes[0, 0].legend(fontsize=8)
-    drawing.tight_layout()
-    drawing.savefig(file, dpi=110)
+    drawing.legend(*axes[0].get_legend_handles_labels(), loc="outside right")
+    drawing.savefig(file)
 
 
 class Known:
@@ -223,6 +233,24 @@ def report_table(out, names, seeds):
     return "\n".join(lines)
 
 
+def objective_table(out, names, seeds, beta=0.1, marks=(160, 320, 640, 1280)):
+    """dna: J = reward - beta KL of the rollouts, a mean of nine of them around so many rewards."""
+    heads = [f"J at {mark:,}" for mark in marks]
+    lines = [f"| | {' | '.join(heads)} |", "|" + " --- |" * (len(heads) + 1)]
+    for name in names:
+        found = {mark: [] for mark in marks}
+        for seed in seeds:
+            rows = map(json.loads, open(folder_of(out, name, seed) / "metrics.jsonl"))
+            rows = [row for row in rows if row["phase"] == "finetune"]
+            for mark, values in found.items():
+                i = next((i for i, row in enumerate(rows) if row["queries"] >= mark), len(rows))
+                near = rows[max(0, i - 4):i + 5]
+                values.append(statistics.mean(row["reward"] - beta * row["kl"] for row in near))
+        cells = (", ".join(f"{value:.3f}" for value in values) for values in found.values())
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def task_table(out, names, seeds):
     """The reward of the data, and of samples before and after, with the KL that this cost."""
     rows = ("data", "pre-trained", "best of 16", "fine-tuned")
@@ -258,6 +286,8 @@ def main():
         corrected_samples(out, seeds)
     if flags == DNA:
         print("\n" + report_table(out, names, seeds))
+    if args.what == "dna":
+        print("\n" + objective_table(out, names, seeds))
     panels = [("queries", key)]
     if args.what == "beta":                             # over-optimization
         panels = [("kl", "reward"), ("kl", key)]

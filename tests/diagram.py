@@ -4,10 +4,11 @@
 """
 from pathlib import Path
 
-import matplotlib
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
+from compare import STYLE
+from matplotlib import rcParams
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 ROOT = Path(__file__).resolve().parent.parent
 LETTERS = "ACGT"
@@ -23,7 +24,7 @@ def draw_path(axis):
     for j, state in enumerate(STATES):
         for i, letter in enumerate(state):
             is_scored = (j, i) == (EVENT, SLOT)
-            box = plt.Rectangle((i, -j + 3.6), 0.9, 0.75, fc="0.85" if letter == "_" else "white",
+            box = Rectangle((i, -j + 3.6), 0.9, 0.75, fc="0.85" if letter == "_" else "white",
                                 ec="tab:red" if is_scored else "0.3", lw=3 if is_scored else 1)
             axis.add_patch(box)
             axis.text(i + 0.45, -j + 3.97, letter.replace("_", ""), ha="center", va="center",
@@ -41,7 +42,6 @@ def draw_distribution(axis):
     axis.tick_params(labelsize=13)
     axis.set_ylim(0, 0.58)
     axis.text(0.1, 0.52, r"$\sum_v w_v\,\nabla\log s_v = -\nabla\log w_A$", fontsize=14)
-    axis.spines[["top", "right"]].set_visible(False)
 
 
 def draw_clips(axis, clip=0.2):
@@ -51,16 +51,16 @@ def draw_clips(axis, clip=0.2):
     axis.plot(r, np.minimum(r, 1 + clip), "--", label="cap (SEPO)", lw=2.5)
     axis.axvline(1 + clip, color="0.7", lw=1)
     axis.set_xlabel(r"ratio  $w_A^{new} / w_A^{old}$", fontsize=12)
-    axis.legend(fontsize=12, loc="lower left")
-    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(loc="lower left")
 
 
 def main():
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), width_ratios=[1.1, 1, 1])
+    rcParams.update(STYLE)
+    figure = Figure(figsize=(11, 3.4))
+    axes = figure.subplots(1, 3, width_ratios=[1.1, 1, 1])
     for axis, draw in zip(axes, (draw_path, draw_distribution, draw_clips)):
         draw(axis)
-    figure.tight_layout()
-    figure.savefig(ROOT / "assets" / "diagram.png", dpi=110)
+    figure.savefig(ROOT / "assets" / "diagram.png")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ gradient of every estimator is known without noise, and its noise is, too.
 """
 import argparse
 import itertools
+import json
 import math
 import random
 import statistics
@@ -28,6 +29,9 @@ from pathlib import Path
 from typing import Callable
 
 import torch
+from matplotlib import rcParams
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -175,8 +179,8 @@ def terminal(order):
 
 # -----------------------------------------------------------------------------
 # losses: (process, model, view, A [P, G], chance [P, G]) -> scalar. P prompts with G rows each; a
-# row is a sample with one draw, of probability `chance`, in training 1/(P G). view.weight is that of a
-# state in its draw.
+# row is a sample with one draw, of probability `chance`, in training 1/(P G). view.weight is that
+# of a state in its draw.
 
 
 def token_loss(process, model, view, A, chance, clip=0.2):
@@ -514,22 +518,44 @@ def table(L=3, V=3):
     figure(points)
 
 
+KINDS = {"C2": "visited states", "C0": "random masks of the sample",
+         "C3": "all slots masked, or left to right"}
+
+
+def color_of(name):
+    """Of the kind of states that an estimator looks at."""
+    kind = ESTIMATORS[name]
+    is_far = kind.draws in (all_masked, left_to_right)
+    return "C2" if kind.on_path else "C3" if is_far else "C0"
+
+
+def panels_beside_names(n, names):
+    """A figure of n panels, with a numbered list of estimators beside them -> figure, axes."""
+    rcParams.update(compare.STYLE)
+    drawing = Figure(figsize=(11, 5))
+    *axes, beside = drawing.subplots(1, n + 1, width_ratios=[1] * n + [0.45 if n == 1 else 0.9])
+    beside.axis("off")
+    lines = [(f"{i}  {name}", color_of(name)) for i, name in enumerate(names, 1)]
+    for i, (line, color) in enumerate([*lines, ("", "C0"), *((KINDS[c], c) for c in KINDS)]):
+        beside.text(0, 1 - i / (len(names) + 4), line, color=color, fontsize=9, va="top")
+    return drawing, axes
+
+
 def figure(points):
     """assets/estimators.png: bias against cost on the pre-trained network."""
-    from matplotlib.figure import Figure
-    drawing = Figure(figsize=(10, 4.5))
-    axis = drawing.subplots()
-    ranked = sorted(points.items(), key=lambda item: -item[1][1])
-    for i, (name, (cost, value)) in enumerate(ranked):
-        is_exact = value > 0.9999
-        axis.scatter(cost, value, color="C2" if is_exact else "C3" if value < 0.9 else "C0", s=20)
-        axis.annotate(f" {i + 1}", (cost, value), fontsize=9)
-    legend = "\n".join(f"{i + 1}  {name}" for i, (name, _) in enumerate(ranked))
-    axis.text(1.02, 0.5, legend, transform=axis.transAxes, fontsize=8, va="center")
+    ranked = sorted(points, key=lambda name: -points[name][1])
+    drawing, (axis,) = panels_beside_names(1, ranked)
+    near = {}                                           # points that lie together share a label
+    for i, name in enumerate(ranked, 1):
+        cost, value = points[name]
+        axis.scatter(cost, value, color=color_of(name), s=25)
+        near.setdefault((round(cost / 10), round(value / 0.012)), []).append((i, cost, value))
+    for together in near.values():
+        numbers = ", ".join(str(i) for i, _, _ in together)
+        axis.annotate(f"  {numbers}", together[0][1:], va="center", fontsize=9)
     axis.set_xlabel("cost: passes until the noise is as large as the mean gradient")
     axis.set_ylabel("cosine with the true gradient")
-    drawing.tight_layout()
-    drawing.savefig(ROOT / "assets" / "estimators.png", dpi=110)
+    drawing.savefig(ROOT / "assets" / "estimators.png")
 
 
 # -----------------------------------------------------------------------------
@@ -632,37 +658,30 @@ def curves(name, seeds, out):
         cells = [", ".join(f"{points[-1][2]:.2f}" for points in run) for run in runs]
         passes = runs[0][0][0][1] // runs[0][0][0][0] // settings[0][0]
         print(f"| {estimator} | {passes} | " + " | ".join(cells) + " |")
+    (out / f"curves-{name}.json").write_text(json.dumps(found))
     draw_curves(name, found)
 
 
 def draw_curves(name, found):
     """assets/curves-<task>.png: medians over the seeds of the setting that ends better, against
     rewards and against passes."""
-    from matplotlib.figure import Figure
-    drawing = Figure(figsize=(13, 5.5))
-    axes = drawing.subplots(1, 2, sharey=True)
     medians = {estimator: max((list(zip(*(map(statistics.median, zip(*at)) for at in zip(*run))))
                                for run in runs), key=lambda columns: columns[2][-1])
-               for estimator, runs in found.items()}
-    ranked = sorted(medians.items(), key=lambda item: -item[1][2][-1])
-    for i, (estimator, (rewards, passes, scores)) in enumerate(ranked):
-        kind = ESTIMATORS[estimator]
-        is_far = kind.draws in (all_masked, left_to_right)
-        color = "C2" if kind.on_path else "C3" if is_far else "C0"
+               for estimator, runs in found.items()}    # rewards, passes, scores
+    ranked = sorted(medians, key=lambda estimator: -medians[estimator][2][-1])
+    drawing, axes = panels_beside_names(2, ranked)
+    for i, estimator in enumerate(ranked, 1):
+        rewards, passes, scores = medians[estimator]
         for axis, x in zip(axes, (rewards, passes)):
-            axis.plot(x, scores, color=color, lw=1, marker=".", ms=4)
-            axis.annotate(f" {i + 1}", (x[-1], scores[-1]), fontsize=8, annotation_clip=True)
+            axis.plot(x, scores, color=color_of(estimator), lw=1, marker=".", ms=4)
+            axis.annotate(f" {i}", (x[-1], scores[-1]), fontsize=8, annotation_clip=True)
+            axis.set_ylim(-0.3 if name == "toy" else 0, 1.02)
     axes[0].set_xlabel("rewards asked")
     axes[1].set_xlabel("passes with gradient")
     axes[1].set_xscale("log")
+    axes[1].xaxis.set_minor_formatter(NullFormatter())
     axes[0].set_ylabel("share of the optimum" if name == "toy" else "true sums, prompts never seen")
-    axes[0].set_ylim(-0.3 if name == "toy" else 0, 1.02)
-    legend = "\n".join(f"{i + 1}  {estimator}" for i, (estimator, _) in enumerate(ranked))
-    axes[1].text(1.03, 0.5, legend, transform=axes[1].transAxes, fontsize=8, va="center")
-    drawing.suptitle("green: states that the path visited; blue: random masks of the sample; red: "
-                     "all slots masked, or left to right")
-    drawing.tight_layout()
-    drawing.savefig(ROOT / "assets" / f"curves-{name}.png", dpi=110)
+    drawing.savefig(ROOT / "assets" / f"curves-{name}.png")
 
 
 def cosine(a, b):
