@@ -9,8 +9,9 @@ Reading order: what both chains share; the absorbing chain (masks); the uniform 
 letters); what a sampled path remembers; exact distributions of small spaces.
 """
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -118,7 +119,8 @@ class Chain:
 
     @torch.no_grad()
     def path_kl(self, reference, path, chunk=None):
-        """log p(path)/p_ref(path) -> [B], nats: on average the KL of paths to a reference."""
+        """log p(path)/p_ref(path) -> [B], nats: on average the KL of the paths that the policy
+        drew to those of the reference."""
         log_ratio = path.logp - self.replay(reference, path, chunk)
         return log_ratio.flatten(1).sum(dim=1)
 
@@ -382,7 +384,7 @@ class Uniform(Chain):
         time -> GridPath. Given slots stay."""
         time = torch.arange(round(t * steps), -1, -1, device=x.device) / steps
         states, logps = [x], []
-        for t, s in zip(time[:-1], time[1:]):           # a step of the grid, from t to s
+        for t, s in pairwise(time):                     # a step of the grid, from t to s
             t, s = t.expand(len(x)), s.expand(len(x))
             log_w = self.log_kernel(logits_at(model, x, t), x, t, s)                    # [B, L, V]
             x = torch.where(given, x, gumbel_argmax(log_w, generator))
@@ -398,7 +400,7 @@ class Uniform(Chain):
         steps = steps or self.DEFAULT_STEPS
         time = torch.arange(steps, -1, -1, device=tokens.device) / steps
         states = [tokens]
-        for s, t in zip(time.flip(0)[:-1], time.flip(0)[1:]):           # from s up to t
+        for s, t in pairwise(time.flip(0)):             # from s up to t
             is_kept = torch.rand(tokens.shape, device=tokens.device) < (1 - t) / (1 - s)
             states.append(torch.where(is_kept | given, states[-1], self.noise(tokens)))
         return GridPath(torch.stack(states[::-1]), time, None, given)
@@ -449,10 +451,10 @@ class View:
 
     def split(self, size):
         """Micro-batches of at most `size` states (0: no limit). Their losses add up."""
-        size = size or max(1, len(self.row))
-        tensors = [getattr(self, field.name) for field in fields(self)]
-        return [View(*(x if x is None else x[i:i + size] for x in tensors))
-                for i in range(0, len(self.row), size)]
+        n = max(1, len(self.row))                       # paths without an event: one empty part
+        size = size or n
+        return [View(*(x if x is None else x[i:i + size] for x in vars(self).values()))
+                for i in range(0, n, size)]
 
 
 class Path:
@@ -477,7 +479,7 @@ class Path:
 
 @dataclass
 class MaskPath(Path):
-    """Paths of the absorbing chain. A slot moves only once, so three [B, L] tensors say it all."""
+    """Paths of the absorbing chain. A slot changes once, so [B, L] tensors suffice."""
     tokens: Tensor                      # [B, L]  the final sample
     time: Tensor                        # [B, L]  when each slot was revealed; inf where given
     logp: Tensor | None                 # [B, L]  log-probability of each token when drawn, nats

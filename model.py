@@ -25,11 +25,6 @@ class Config:
     conv: int = 0                       # width of a convolution over the embeddings; 0: none
 
 
-def take(h, slots):
-    """The rows of h [B, L, D] at slots [B, k] -> [B, k, D]."""
-    return h.take_along_dim(slots[..., None], dim=1)
-
-
 class Block(nn.Module):
     """Attention and MLP, each after a norm and around a residual connection."""
 
@@ -55,7 +50,7 @@ class Block(nn.Module):
         h = self.norm1(x)
         key, value = self.key_value(h).chunk(2, dim=-1)
         if slots is not None:
-            x, h = take(x, slots), take(h, slots)
+            x, h = (a.take_along_dim(slots[..., None], dim=1) for a in (x, h))      # [B, k, D]
         query, key, value = map(self.split_heads, (self.query(h), key, value))
         dropout = self.drop.p if self.training else 0.0
         attended = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)

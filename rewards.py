@@ -34,18 +34,6 @@ class BadInput(ValueError):
     """What the user gave cannot be used. One line: what is wrong, where, and what to do."""
 
 
-def is_held_out(x):
-    """Which of x [n, L] are for testing: one in twenty, by content, so copies stay together."""
-    return fingerprint(x.unbind(dim=1)) % 20 == 0
-
-
-def fingerprint(columns):
-    """A number for each of n sequences, given as L columns [n] -> [n]; equal for equal ones."""
-    generator = torch.Generator().manual_seed(0)
-    weights = torch.randint(1, 2 ** 31, (len(columns),), generator=generator).tolist()
-    return sum((column + 1) * weight for column, weight in zip(columns, weights))
-
-
 @dataclass
 class Task:
     name: str
@@ -55,7 +43,7 @@ class Task:
     reward: Callable                    # tokens [B, L] -> [B]: a black box, no gradient
     given: Callable | None = None       # clean tokens [n, L] -> bool [n, L]: slots of the prompt
     held: Callable | None = None        # like data, of sequences that data never gives
-    is_held: Callable = is_held_out     # clean tokens [n, L] -> bool [n]: are they held out?
+    is_held: Callable = lambda x: is_held_out(x)    # clean tokens [n, L] -> bool [n]
     measure: Callable = lambda tokens: {}   # tokens [B, L] -> {column: number} of the report
     pad: str = ""                       # the letter that fills up short sequences
 
@@ -68,11 +56,13 @@ class Task:
         """How the mask is written: _, or another letter that the alphabet leaves free."""
         return next(c for c in "_?#@~\0" if c not in self.alphabet)
 
+    def slots_given(self, x):
+        """Clean tokens [n, L] -> bool [n, L]: the slots of the prompt; none without prompts."""
+        return self.given(x) if self.given else torch.zeros_like(x, dtype=torch.bool)
+
     def prompts(self, x):
-        """Clean tokens [n, L] -> their prompts, the mask V in free slots; None without prompts."""
-        if self.given is None:
-            return None
-        return x.where(self.given(x), self.vocab_size)
+        """Clean tokens [n, L] -> their prompts: the mask V in all slots that are not given."""
+        return x.where(self.slots_given(x), self.vocab_size)
 
     def held_out(self, n, seed):
         """At most n sequences that pre-training does not see, if there are some -> [n, L]."""
@@ -89,36 +79,30 @@ class Task:
         return [string.replace(self.pad, "") for string in self.decode(tokens)]
 
     def strings(self, tokens):
-        """Tokens [B, L] -> B strings without the pads at their end; `read` is the inverse."""
+        """Tokens [B, L] -> B strings without the pads at their end; `encode` is the inverse."""
         return [string.rstrip(self.pad or "\0") for string in self.decode(tokens)]
 
-    def read(self, strings):
-        """Whole strings, without pads at their end -> tokens [B, L]; raises BadInput."""
-        filled = [string.ljust(self.length, self.pad) if self.pad else string for string in strings]
-        for string, whole in zip(strings, filled):
-            if len(whole) != self.length:
-                raise BadInput(f"{string!r} has {len(string)} letters, the task {self.length}")
-            self.check(string, repr(string), self.alphabet)
-        return self.encode(filled)
-
-    def encode(self, strings):
-        """Strings of one length -> tokens [B, L]; `blank` is the mask. Raises BadInput."""
-        letters = self.alphabet + self.blank
+    def encode(self, strings, blank=""):
+        """Strings -> tokens [B, L]; short ones are filled up with the pad, if there is one.
+        blank: how the mask may be written. Raises BadInput."""
+        letters = self.alphabet + blank
+        if self.pad:
+            strings = [string.ljust(self.length, self.pad) for string in strings]
         for string in strings:
-            self.check(string, repr(string), letters)
-        return torch.tensor([[letters.index(c) for c in string] for string in strings])
+            for i, c in enumerate(string, 1):
+                if c not in letters:
+                    raise BadInput(f"{c!r} at position {i} of {string!r:.40} is not in {letters!r}")
+            if len(string) != self.length:
+                raise BadInput(f"{string!r:.40} has {len(string)} letters, the task {self.length}")
+        return tokens_of(strings, letters)
 
-    def check(self, string, where, letters, hint=""):
-        """Raises BadInput if the string has a letter that is not among `letters`."""
-        for i, c in enumerate(string, 1):
-            if c not in letters:
-                raise BadInput(f"{c!r} at position {i} of {where} is not in {self.alphabet!r}"
-                               f"{hint}")
+
+def tokens_of(strings, letters):
+    """Strings of one length -> tokens [n, L]; -1 for what is not among the letters."""
+    return torch.tensor([[letters.find(c) for c in string] for string in strings])
 
 # -----------------------------------------------------------------------------
 # asking a reward
-
-LARGEST = sys.float_info.max
 
 
 def ask(task, tokens, on_error=None):
@@ -130,32 +114,34 @@ def ask(task, tokens, on_error=None):
     try:
         with redirect_stdout(sys.stderr):
             values = task.reward(tokens)
-    except Exception as error:
-        is_ours = isinstance(error, BadInput)           # such as a list that was sorted in place
-        if on_error is not None and not is_ours:        # which sample was it? each is asked alone
-            if len(tokens) == 1:
-                warnings.warn(f"the reward failed: {error!r}; --on_error makes it {on_error}")
-                return torch.tensor([on_error], dtype=torch.double, device=tokens.device)
-            return torch.cat([ask(task, x, on_error) for x in tokens.split(1)])
-        if isinstance(error, OSError):      # of the user's own, so no one-line message
-            raise RuntimeError("the reward raised an exception") from error
+            if hasattr(values, "tolist"):               # of torch or numpy
+                values = values.tolist()
+            is_list = hasattr(values, "__iter__") and not isinstance(
+                values, (dict, set, frozenset, str, bytes))
+            if not is_list:
+                raise BadInput(f"the reward returned {values!r:.80}: it must return one number per "
+                               "sample, in the order of the samples")
+            values = [v.item() if hasattr(v, "item") else v for v in values]    # runs a generator
+    except BadInput:                                    # such as a list that was sorted in place
         raise
-    if hasattr(values, "tolist"):                       # of torch or numpy
-        values = values.tolist()
-    if isinstance(values, (dict, set, frozenset, str, bytes)) or not hasattr(values, "__iter__"):
-        raise BadInput(f"the reward returned {values!r:.80}: it must return one number per sample, "
-                       "in the order of the samples")
-    values = [v.item() if hasattr(v, "item") else v for v in values]
+    except Exception as error:
+        if on_error is None and isinstance(error, OSError):     # main would not show where it is
+            raise RuntimeError("the reward raised an exception") from error
+        if on_error is None:
+            raise
+        if len(tokens) > 1:                 # which sample was it? each is asked alone
+            return torch.cat([ask(task, x, on_error) for x in tokens.split(1)])
+        warnings.warn(f"the reward failed: {error!r}; --on_error makes it {on_error}")
+        values = [on_error]
     if len(values) != len(tokens):
         raise BadInput(f"the reward returned {len(values)} values for {len(tokens)} samples")
     for i, value in enumerate(values):
-        if isinstance(value, (int, float)) and -LARGEST <= value <= LARGEST:
+        if isinstance(value, (int, float)) and abs(value) <= sys.float_info.max:
             continue
-        values[i] = on_error
         if on_error is None:
-            sample = task.samples(tokens[i:i + 1])[0]
-            raise BadInput(f"the reward of sample {i}, {sample!r}, is {value!r:.80}: "
-                           "a finite number is needed")
+            raise BadInput(f"the reward of sample {i}, {task.samples(tokens)[i]!r}, is "
+                           f"{value!r:.80}: a finite number is needed")
+        values[i] = on_error
     return torch.tensor(values, dtype=torch.double, device=tokens.device)
 
 
@@ -166,8 +152,8 @@ class Paid:
     {"iter": 3, "sample": "TCTCTC", "reward": 0.75, "kl": 1.31, "log_ref": -9.2}, with the prompt
     where there is one; kl and log_ref are those of `Rollout`. Samples that belong to no rollout
     have a "stage" (check, optimum, evaluation, report ...); those of other processes than the
-    first have their "rank", and a process knows only its own. What a kill between the answer and
-    the line costs cannot be known here: those samples alone are asked again."""
+    first have their "rank", and a process knows only its own. Samples whose lines were not yet
+    written when the process was killed are asked again."""
 
     def __init__(self, file, rank=0, on_error=None, pad=""):
         self.file, self.rank, self.on_error = file, rank, on_error
@@ -191,15 +177,13 @@ class Paid:
         if old[-len(strings):] != strings:      # else it was killed after it had written these
             where = dict(iter=iter, stage=stage, rank=self.rank or None)
             where = {name: value for name, value in where.items() if value is not None}
-            columns = {name: column.tolist() for name, column in columns.items()}
-            columns |= dict(sample=strings, reward=rewards)
+            table = dict(sample=strings, reward=rewards)
+            table |= {name: column.tolist() for name, column in columns.items()}
             if task.given:
-                columns["prompt"] = task.strings(task.prompts(tokens))
-            rows = (dict(zip(columns, row)) for row in zip(*columns.values()))
-            text = "".join("\n" + json.dumps(where | row) for row in rows).encode()
-            with open(self.file, "ab", buffering=0) as file:    # in one piece: other processes
-                if file.write(text) < len(text):                # write here, too
-                    raise OSError(f"{self.file} cannot be written: is the disk full?")
+                table["prompt"] = task.strings(task.prompts(tokens))
+            rows = (dict(zip(table, row)) for row in zip(*table.values()))
+            with open(self.file, "a") as file:  # one write: other processes write here, too
+                file.write("".join("\n" + json.dumps(where | row) for row in rows))
         if stage is None:
             self.count(samples, rewards)
         return torch.tensor(rewards, dtype=torch.double, device=tokens.device)
@@ -232,7 +216,6 @@ def whole_lines(text):
 class Rollout:
     """Samples whose rewards are known: P prompts with G samples each."""
     tokens: torch.Tensor                # [P * G, L]
-    given: torch.Tensor                 # [P * G, L] the slots of the prompt
     reward: torch.Tensor                # [P, G]     float64
     kl: torch.Tensor                    # [P, G]     log p(path)/p_ref(path) of the policy of that
                                         #            time, nats; 0 where the reference drew them
@@ -241,18 +224,16 @@ class Rollout:
 
 def rollout_of(task, lines, group):
     """Lines of a rewards.jsonl -> Rollout, `group` samples for each prompt."""
-    tokens = task.read([line["sample"] for line in lines])
-    reward = torch.tensor([float(line["reward"]) for line in lines], dtype=torch.double)
-    kl, log_ref = (torch.tensor([line.get(name, 0.0) for line in lines]).view(-1, group)
-                   for name in ("kl", "log_ref"))
-    given = task.given(tokens) if task.given else torch.zeros_like(tokens, dtype=torch.bool)
-    return Rollout(tokens, given, reward.view(-1, group), kl, log_ref)
+    tokens = task.encode([line["sample"] for line in lines])
+    rows = [(line["reward"], line.get("kl", 0), line.get("log_ref", 0)) for line in lines]
+    reward, kl, log_ref = torch.tensor(rows, dtype=torch.double).T.reshape(3, -1, group)
+    return Rollout(tokens, reward, kl.float(), log_ref.float())
 
 
 def read_known(task, file, group):
     """--known=FILE: a rewards.jsonl, or CSV or TSV with columns `sample` and `reward` -> Rollouts
-    of one prompt and some `group` samples each, as if the reference had drawn them; the only sample
-    of a prompt teaches nothing and is left out. BadInput, with file and row, for what is wrong."""
+    of one prompt and some `group` samples each, as if the reference had drawn them; prompts with a
+    single sample are left out. BadInput, with file and row, for what is wrong."""
     try:
         text = Path(file).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -270,24 +251,33 @@ def read_known(task, file, group):
     groups = defaultdict(list)
     for i, line in enumerate(lines, 1):
         try:
-            x = task.read([line["sample"]])
-            value = float(line["reward"])
+            line = dict(sample=str(line["sample"]), reward=float(line["reward"]))
+            x = task.encode([line["sample"]])
+            if not math.isfinite(line["reward"]):
+                raise BadInput(f"the reward is {line['reward']}")
         except (KeyError, TypeError, ValueError) as error:
             raise BadInput(f"--known={file}, row {i}: {error}") from None
-        if not math.isfinite(value):
-            raise BadInput(f"--known={file}, row {i}: the reward is {value}")
-        prompt = task.decode(task.prompts(x))[0] if task.given else ""
-        groups[prompt].append(dict(sample=line["sample"], reward=value))
+        groups[task.decode(task.prompts(x))[0]].append(line)        # of the same prompt
     parts = []
     for lines in groups.values():
-        parts += [lines[i:i + group] for i in range(0, len(lines), group)]
-        if len(parts[-1]) == 1 < len(lines):            # the last one joins the others
-            last = parts.pop()
-            parts[-1] = parts[-1] + last
+        n = max(1, len(lines) // max(2, group))         # rollouts of `group` samples or a few more
+        parts += [lines[i::n] for i in range(n)]
     return [rollout_of(task, part, len(part)) for part in parts if len(part) > 1]
 
 # -----------------------------------------------------------------------------
 # held-out data
+
+def is_held_out(x):
+    """Which of x [n, L] are for testing: one in twenty, by content, so copies stay together."""
+    return fingerprint(x) % 20 == 0
+
+
+def fingerprint(x):
+    """A number for each sequence of x [n, L] -> [n]; equal for equal ones."""
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randint(1, 2 ** 31, (x.size(1),), generator=generator)
+    return sum((column + 1) * weight for column, weight in zip(x.T, weights))
+
 
 def split(draw, is_held=is_held_out):
     """draw(n, generator) -> [n, L] is split into (data, held), which never give the same."""
@@ -300,29 +290,23 @@ def split(draw, is_held=is_held_out):
     return partial(side, False), partial(side, True)
 
 
-def find(content, alphabet):
-    """The tokens of a text [n], -1 for letters that are not in the alphabet."""
-    return torch.tensor([alphabet.find(c) for c in content])
-
-
 def windows(x, length):
     """Tokens x [n], -1 where no window may lie -> (data, held): windows [n, length], each of them
     equally likely.
 
     Held out is the last twentieth of all windows, less those that overlap one of the others or
     occur among them."""
-    gaps = F.pad((x < 0).cumsum(dim=0), (1, 0))         # how many there are before each token
-    start = (gaps[length:] == gaps[:-length]).nonzero().squeeze(1)
+    rows = F.pad(x, (0, length), value=-1).unfold(0, length, 1)     # a view: it takes no memory
+    start = (rows.amin(dim=1) >= 0).nonzero().squeeze(1)
     if not len(start):
         raise BadInput(f"no sequence has {length} known letters in a row, the length of a window")
-    train, test = start.split([len(start) - len(start) // 20, len(start) // 20])
+    train, test = start.tensor_split([len(start) - len(start) // 20])
     test = test[test >= train[-1] + length]
-    content = fingerprint([x[i:len(x) - length + 1 + i] for i in range(length)])
+    content = fingerprint(rows)
     test = test[~torch.isin(content[test], content[train])]
 
     def draw(start, n, generator=None):
-        first = start[torch.randint(len(start), (n,), generator=generator)]
-        return x.unfold(0, length, 1)[first]
+        return rows[start[torch.randint(len(start), (n,), generator=generator)]]
     return partial(draw, train), partial(draw, test) if len(test) else None
 
 # -----------------------------------------------------------------------------
@@ -344,7 +328,7 @@ def toy_reward(tokens):
     return copies / 4 + (tokens == 0).sum(dim=1) / 16
 
 
-def markov_chain(step, n, length, generator=None):
+def markov_chain(step, n, length, generator):
     """n sequences of a chain with transition probabilities step [V, V], from a uniform start."""
     x = torch.randint(len(step), (n, 1), generator=generator)
     for _ in range(length - 1):
@@ -369,7 +353,7 @@ FACTORS = {                 # transcription factor: consensus in IUPAC letters, 
     "FOXA": ("TRTTKRY", 0.8),
     "AP-1": ("TGASTCA", 1.0),
     "CREB": ("TGACGTCA", 1.0),
-    "GATA1": ("WGATAR", 0.0),           # a repressor, by our decree
+    "GATA1": ("WGATAR", 0.0),           # a repressor, in this simulation
 }
 MEASUREMENTS = 200          # sequences whose activity was measured ...
 NOISE = 1.0                 # ... and the standard deviation of a measurement
@@ -388,19 +372,13 @@ PATTERNS = {name: site_pattern(consensus) for name, (consensus, _) in FACTORS.it
 
 
 def true_activity(sequence):
-    """What no reward sees: sites of one factor saturate, and every site of the repressor halves
-    the whole."""
+    """The ground truth, which the reward does not use: sites of one factor saturate, and every site
+    of the repressor halves the whole."""
     total = 0
     for name, (_, weight) in FACTORS.items():
         n_sites = len(PATTERNS[name].findall(sequence))
         total += weight * (1 - 0.5 ** n_sites)
     return total * 0.5 ** len(PATTERNS["GATA1"].findall(sequence))
-
-
-def activity(tokens):
-    """The true activity of tokens [B, L] -> float [B]; anything but ACGT is no letter of a site."""
-    strings = ["".join("ACGT-"[v] for v in row) for row in tokens.clamp(max=4).tolist()]
-    return torch.tensor([true_activity(s) for s in strings], device=tokens.device)
 
 
 def dna_sequence(length, rng):
@@ -419,15 +397,9 @@ def dna_sequence(length, rng):
     return "".join(letters[:length])
 
 
-def dna_tokens(strings):
-    """Strings of one length -> tokens [B, L]."""
-    return torch.tensor([["ACGT".index(c) for c in string] for string in strings])
-
-
 def one_hot(tokens):
-    """Tokens [B, L] -> [B, 4, L]; a pad is all 0."""
-    letters = torch.arange(4, device=tokens.device)
-    return (tokens[:, None] == letters[:, None]).float()
+    """Tokens [B, L] -> [B, 4, L]."""
+    return F.one_hot(tokens, 4).mT.float()
 
 
 @cache
@@ -439,13 +411,12 @@ def oracle(length):
     rng = random.Random(0)
     measured = [dna_sequence(length, rng) for _ in range(MEASUREMENTS)]
     truth = torch.tensor([true_activity(s) for s in measured])
-    x = one_hot(dna_tokens(measured))
+    x = one_hot(tokens_of(measured, "ACGT"))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         y = truth + NOISE * torch.randn(MEASUREMENTS)
-        sites = [nn.Conv1d(4, 64, 13, padding=6), nn.ReLU(), nn.AdaptiveAvgPool1d(1)]
-        head = [nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 1)]
-        net = nn.Sequential(*sites, *head)
+        net = nn.Sequential(nn.Conv1d(4, 64, 13, padding=6), nn.ReLU(), nn.AdaptiveAvgPool1d(1),
+                            nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 1))
     optimizer = torch.optim.AdamW(net.parameters(), 3e-3, weight_decay=0.1)
     for _ in range(60):
         loss = F.mse_loss(net(x).squeeze(1), y)
@@ -455,59 +426,41 @@ def oracle(length):
     return net
 
 
-def dna_measure(tokens):
-    """The truth, and the share of G and C, which the oracle takes for a cause."""
-    is_gc = (tokens == 1) | (tokens == 2)
-    return {"true activity": activity(tokens).mean().item(), "GC": is_gc.float().mean().item()}
-
-
 def dna(length=50):
     """Regulatory DNA. What it teaches: a learned reward goes on rising where the truth does not,
     and the KL to the data is what keeps samples where the reward can be believed."""
     def draw(n, generator=None):
         rng = random.Random(torch.randint(2 ** 62, (1,), generator=generator).item())
-        return dna_tokens([dna_sequence(length, rng) for _ in range(n)])
+        return tokens_of([dna_sequence(length, rng) for _ in range(n)], "ACGT")
 
     @torch.no_grad()
     def reward(tokens):
         return oracle(length).to(tokens.device)(one_hot(tokens)).squeeze(1)
 
+    def measure(tokens):                # GC is what the oracle takes for a cause
+        truth = sum(map(true_activity, task.decode(tokens))) / len(tokens)
+        is_gc = (tokens == 1) | (tokens == 2)
+        return {"true activity": truth, "GC": is_gc.double().mean().item()}
+
     data, held = split(draw) if length >= 6 else (draw, None)   # else too few to spare any
-    return Task("dna", "ACGT", length, data, reward, held=held, measure=dna_measure)
+    task = Task("dna", "ACGT", length, data, reward, held=held, measure=measure)
+    return task
 
 # -----------------------------------------------------------------------------
 # arithmetic: a prompt, and an answer that can be verified
 
 PROMPT = 6                  # slots of a+b=
-
-
-def sum_tokens(a, b, c):
-    """The tokens of a+b=ccc, for numbers [n] -> [n, 9]; 10 is +, 11 is =."""
-    plus, equals = torch.full_like(a, 10), torch.full_like(a, 11)
-    question = [a // 10, a % 10, plus, b // 10, b % 10, equals]
-    answer = [c // 100, c // 10 % 10, c % 10]
-    return torch.stack(question + answer, dim=1)
+SYMBOLS = "0123456789+="
 
 
 def sums(n, generator=None):
     """a+b=ccc with two-digit a and b -> [n, 9]; half of the answers are wrong in one digit."""
-    a, b = torch.randint(10, 100, (2, n), generator=generator)
-    x = sum_tokens(a, b, a + b)
+    pairs = torch.randint(10, 100, (2, n), generator=generator).T.tolist()
+    x = tokens_of([f"{a}+{b}={a + b:03}" for a, b in pairs], SYMBOLS)
     place = torch.randint(PROMPT, 9, (n, 1), generator=generator)
     slip = torch.randint(1, 10, (n, 1), generator=generator)
     is_wrong = torch.rand(n, 1, generator=generator) < 0.5
     return x.scatter(1, place, (x.gather(1, place) + slip * is_wrong) % 10)
-
-
-def operands(tokens):
-    """The numbers a and b -> [B, 2]."""
-    return 10 * tokens[:, [0, 3]] + tokens[:, [1, 4]]
-
-
-def is_true(tokens):
-    """1 where the three digits after = are the sum -> [B]."""
-    a, b = operands(tokens).T
-    return (tokens == sum_tokens(a, b, a + b)).all(dim=1).float()
 
 
 def arithmetic_prompt(x):
@@ -516,7 +469,8 @@ def arithmetic_prompt(x):
 
 def is_held_sum(tokens):
     """Are the sums [n, 9] held out? a+b and b+a are together."""
-    return is_held_out(operands(tokens).sort(dim=1).values)
+    operands = 10 * tokens[:, [0, 3]] + tokens[:, [1, 4]]
+    return is_held_out(operands.sort(dim=1).values)
 
 
 def arithmetic(length=9):
@@ -524,20 +478,24 @@ def arithmetic(length=9):
     that is learned from rewards holds on prompts never seen."""
     if length != 9:
         raise BadInput(f"--length={length}: arithmetic has 9 slots, as in 12+34=046")
+
+    def reward(tokens):
+        found = [re.fullmatch(r"(\d\d)\+(\d\d)=(\d{3})", s) for s in task.decode(tokens)]
+        return [bool(m) and int(m[1]) + int(m[2]) == int(m[3]) for m in found]
+
     data, held = split(sums, is_held_sum)
-    return Task("arithmetic", "0123456789+=", 9, data, is_true, given=arithmetic_prompt, held=held,
+    task = Task("arithmetic", SYMBOLS, 9, data, reward, given=arithmetic_prompt, held=held,
                 is_held=is_held_sum)
+    return task
 
 # -----------------------------------------------------------------------------
 # text: characters, and words of the corpus
-
-WORD = re.compile(r"[^\W\d_]{4,}")      # of four letters and more
 
 
 @cache
 def corpus():
     """The prose of the language reference inside Python, lower case, without indented code."""
-    lines = [line for _, topic in sorted(topics.topics.items()) for line in topic.splitlines()]
+    lines = "\n".join(topic for _, topic in sorted(topics.topics.items())).splitlines()
     prose = " ".join(line for line in lines if not line.startswith("   "))
     return re.sub(r"[^a-z.,']+", " ", prose.lower())
 
@@ -547,12 +505,14 @@ def alphabet_of(content):
 
 
 def words_of(content):
-    return set(WORD.findall(content.lower()))
+    """Its distinct words of four letters and more."""
+    return set(re.findall(r"[^\W\d_]{4,}", content.lower()))
 
 
 def text(length=48):
     """Windows of a text; the reward is the share of slots in distinct words of that text, of four
-    letters and more. What it teaches: a reward says what it says: real words, in any order."""
+    letters and more. What it teaches: the reward counts words, so the model learns words, not
+    sentences."""
     content = corpus()
     alphabet, known = alphabet_of(content), words_of(content)
 
@@ -560,7 +520,7 @@ def text(length=48):
         found = [known & words_of(string) for string in task.samples(tokens)]
         return [sum(map(len, words)) / length for words in found]
 
-    data, held = windows(find(content, alphabet), length)
+    data, held = windows(tokens_of([content], alphabet)[0], length)
     task = Task("text", alphabet, length, data, reward, held=held)
     return task
 
@@ -568,19 +528,18 @@ def text(length=48):
 # ehrlich: a hard search with a known optimum (Ehrlich functions; Stanton et al., 2407.00236)
 
 def ehrlich(length=32):
-    """Sequences in which some letters never follow others; the reward of all that are feasible is
-    the product over motifs of the largest share of the motif's letters that stand at its distances
-    somewhere; the best is 1. What it teaches: the pre-trained model knows what is feasible, and
-    the black box what is good."""
+    """Sequences in which some letters never follow others. The reward is 0 where a forbidden pair
+    occurs; else the product over four motifs of q / 4, where q is the largest number of the motif's
+    letters that stand at its distances, over all starts. The best is 1. What it teaches: the
+    pre-trained model knows what is feasible, and the black box what is good."""
     letters, motifs, size, banned = "ACDEFGHIKLMNPQRSTVWY", 4, 4, 3
     if length < motifs * size:
         raise BadInput(f"--length={length}: the motifs of ehrlich need {motifs * size} slots")
     V, generator = len(letters), torch.Generator().manual_seed(0)
     order = torch.rand(V, V, generator=generator).fill_diagonal_(2).argsort(dim=1)
     is_banned = torch.zeros(V, V, dtype=torch.bool).scatter(1, order[:, :banned], True)
-    step = (2 * torch.randn(V, V, generator=generator)).masked_fill(is_banned, -math.inf)
-    is_banned = F.pad(is_banned, (0, 1, 0, 1))          # a pad may stand anywhere
-    step = step.softmax(dim=1)
+    step = 2 * torch.randn(V, V, generator=generator)
+    step = step.masked_fill(is_banned, -math.inf).softmax(dim=1)
     # one chain of all motifs, so that all of them fit into one feasible sequence
     wanted = markov_chain(step, 1, motifs * size, generator).view(motifs, size)
     share = torch.rand(motifs, size - 1, generator=generator)
@@ -594,7 +553,7 @@ def ehrlich(length=32):
         total = is_feasible(tokens).double()
         for motif, place in zip(wanted.tolist(), places.tolist()):
             n = length - place[-1]                              # where the motif may start
-            hits = sum((tokens[:, i:i + n] == v).int() for v, i in zip(motif, place))    # [B, n]
+            hits = sum(tokens[:, i:i + n] == v for v, i in zip(motif, place))       # [B, n]
             total *= hits.amax(dim=1) / size
         return total
 
@@ -614,20 +573,21 @@ def open_task(name, length=0, data="", pad="", crop=False, reward="", format="")
     """The task as the flags of a run want it; raises BadInput for what cannot be used.
 
     name: one of TASKS, or `own`: the alphabet is what the file holds. length 0: the task's own.
-    data: a file to pre-train on, in a format of `read_sequences`. reward: file.py:function."""
+    data: a file to pre-train on, in a format of `read_sequences`. pad: the letter that fills up
+    short sequences. crop: cut windows. reward: file.py:function."""
     if name not in (*TASKS, "own"):
         raise BadInput(f"task {name!r} is not in rewards.TASKS")
     if (pad or crop) and not data:
         raise BadInput("--pad and --crop are for sequences from a file: give --data too")
-    if len(pad) > 1 or not pad.isprintable():
+    if len(pad) > 1:
         raise BadInput(f"--pad={pad}: one letter is needed")
     sequences = read_sequences(data, format) if data else []
     crop = crop or format == "text"
-    if name == "own":
-        if not data:
-            raise BadInput("--task=own takes its letters from a file: give --data")
-        task = own(sequences, length, crop)
-        if len(set(map(len, sequences))) > 1 and not crop:
+    if name == "own":                       # as long as the longest sequence; windows: 64 letters
+        lengths = set(map(len, sequences))
+        length = length or min(max(lengths), 64 if crop else math.inf)
+        task = Task("own", alphabet_of("\n".join(sequences)), length, data=None, reward=None)
+        if len(lengths) > 1 and not crop:
             pad = pad or next(c for c in "-.*~|$" if c not in task.alphabet)
     else:
         task = TASKS[name](length) if length else TASKS[name]()
@@ -640,14 +600,6 @@ def open_task(name, length=0, data="", pad="", crop=False, reward="", format="")
     return task
 
 
-def own(sequences, length, crop):
-    """A task of the letters that the sequences hold, as long as the longest of them; windows have
-    64 letters."""
-    longest = max(map(len, sequences))
-    length = length or (min(64, longest) if crop else longest)
-    return Task("own", alphabet_of("\n".join(sequences)), length, data=None, reward=None)
-
-
 def score_in_order(score, samples):
     """The answers of a user's function, which must leave the list of samples as it is."""
     given = list(samples)
@@ -658,20 +610,20 @@ def score_in_order(score, samples):
     return values
 
 
-OURS = {"iter", "phase", "queries", "reward", "reward_std", "best", "kl", "clip_fraction",
-        "grad_norm"}
+RESERVED = {"iter", "phase", "queries", "reward", "reward_std", "best", "kl", "clip_fraction",
+            "grad_norm"}           # columns of metrics.jsonl
 
 
 def measured(columns):
     """What a user's measure returned -> {column: float}; raises BadInput."""
     try:
         values = {str(name): float(value) for name, value in columns.items()}
+        if RESERVED.isdisjoint(values):
+            return values
     except (AttributeError, TypeError, ValueError):
-        values = None
-    if values is None or OURS & values.keys():
-        raise BadInput(f"measure returned {columns!r:.80}: {{column: number}} is needed, and other "
-                       f"names than {', '.join(sorted(OURS))}")
-    return values
+        pass
+    raise BadInput(f"measure returned {columns!r:.80}: {{column: number}} is needed, and other "
+                   f"names than {', '.join(sorted(RESERVED))}")
 
 
 def read_sequences(file, format=""):
@@ -685,20 +637,18 @@ def read_sequences(file, format=""):
             content = f.read().strip()
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise BadInput(f"--data={file} cannot be read as text: {error}") from None
-    if not content:
-        raise BadInput(f"--data={file} is empty")
     if format == "text":
-        return [" ".join(content.split())]
-    is_fasta = content.startswith(">")
-    if format == "fasta" and not is_fasta:
-        raise BadInput(f"--data={file} is no FASTA: it does not begin with >")
-    if is_fasta and format != "lines":
-        records = content.removeprefix(">").split("\n>")        # a record's first line is its name
+        sequences = [" ".join(content.split())]
+    elif format == "fasta" or (not format and content.startswith(">")):
+        records = ("\n" + content).split("\n>")[1:]     # a record's first line is its name
         sequences = ["".join(record.partition("\n")[2].split()) for record in records]
-        if not any(sequences):
-            raise BadInput(f"--data={file} has names, and no sequence")
-        return sequences
-    return [line.strip() for line in content.splitlines() if line.strip()]
+    else:
+        sequences = re.split(r"\s*\n\s*", content)      # without empty lines
+    if not sequences:
+        raise BadInput(f"--data={file} is no FASTA: no line begins with >")
+    if "" in sequences:
+        raise BadInput(f"--data={file}: sequence {sequences.index('') + 1} is empty")
+    return sequences
 
 
 def use_data(task, sequences, file, pad, crop):
@@ -709,28 +659,27 @@ def use_data(task, sequences, file, pad, crop):
         if pad in task.alphabet or any(pad in s for s in sequences):
             raise BadInput(f"--pad={pad} is a letter of {file} or of the task: choose another")
         task.alphabet, task.pad = task.alphabet + pad, pad
-        sequences = [s and s.ljust(task.length, pad) for s in sequences]
+        sequences = [s.ljust(task.length, pad) for s in sequences]      # windows, too
     if crop:                                            # windows avoid letters such as N
-        x = find("\n".join(sequences), task.alphabet)
+        x = tokens_of(["\n".join(sequences)], task.alphabet)[0]
         n_foreign = (x < 0).sum().item() - len(sequences) + 1
         task.data, task.held = windows(x, task.length)
         what = f"windows that avoid {n_foreign:,} foreign letters, the last 5% of them"
     else:
+        parts = []
         for i, s in enumerate(sequences, 1):
-            where = f"sequence {i} of {file}"
-            task.check(s, where, task.alphabet, ": without --task the alphabet is that of the "
-                       "file; --crop avoids N and other foreign letters")
-            if len(s) != task.length:
-                raise BadInput(f"{where} has {len(s)} letters, the task {task.length} slots: "
-                               "fill up with --pad=-, cut windows with --crop, or choose another "
-                               "--length")
-        x = task.encode(sequences)
+            try:
+                parts.append(task.encode([s]))
+            except BadInput as error:
+                raise BadInput(f"sequence {i} of {file}: {error}; fill up with --pad=-, choose "
+                               "another --length, or cut windows that avoid foreign letters with "
+                               "--crop; without --task the alphabet is that of the file") from None
+        x = torch.cat(parts)
         held = task.is_held(x)
         if len(x) < 20 or held.all():                   # too few to spare any
             held = torch.zeros_like(held)
-        task.data, task.held = (lambda n, generator=None: x[~held]), None
-        if held.any():
-            task.held = lambda n, generator=None: x[held]
+        task.data = lambda n, generator=None: x[~held]
+        task.held = (lambda n, generator=None: x[held]) if held.any() else None
         what = f"{len(x):,} sequences, {held.sum():,}"
     padded = f"; short ones are filled up with {pad}" if pad else ""
     print(f"{file}: {what} held out{padded}", file=sys.stderr)
@@ -747,6 +696,7 @@ def load_reward(name):
     module = sys.modules["own_reward"] = importlib.util.module_from_spec(spec)
     with redirect_stdout(sys.stderr):
         spec.loader.exec_module(module)
-    if not callable(getattr(module, function, None)):
+    score = getattr(module, function, None)
+    if not callable(score):
         raise BadInput(f"--reward={name}: {file} has no function {function}")
-    return getattr(module, function), getattr(module, "measure", lambda samples: {})
+    return score, getattr(module, "measure", lambda samples: {})

@@ -140,8 +140,8 @@ def draw(args, file):
 def best_asked(folder, n):
     """The n best distinct samples in the rollouts of a run -> strings, rewards."""
     pad, file = load(folder / "pretrained.pt")["flags"]["pad"], folder / "rewards.jsonl"
-    lines = [line for line in whole_lines(file.read_text()) if "stage" not in line]
-    reward_of = {line["sample"].replace(pad, ""): line["reward"] for line in lines}
+    reward_of = {line["sample"].replace(pad, ""): line["reward"]
+                 for line in whole_lines(file.read_text()) if "stage" not in line}
     if not reward_of:
         raise BadInput(f"{file} holds no rollout yet")
     ranked = sorted(reward_of, key=reward_of.get, reverse=True)[:n]
@@ -149,19 +149,18 @@ def best_asked(folder, n):
 
 
 def read_prompts(task, text, prompts, n):
-    """--prompt, or else the run's held-out prompts -> tokens [n, L]; None without prompts."""
+    """--prompt, or else the run's held-out prompts -> tokens [n, L]."""
     if not text:
-        return None if prompts is None else prompts[torch.arange(n) % len(prompts)]
-    hint = f"; {task.blank} is a free slot"
-    task.check(text, "--prompt", task.alphabet + task.blank, hint)
-    if len(text) != task.length:
-        raise BadInput(f"--prompt={text} has {len(text)} letters, "
-                       f"the task {task.length} slots{hint}")
-    if task.blank not in text:
-        raise BadInput(f"--prompt={text} has no free slot{hint}")
-    if task.pad and task.pad in text.rstrip(task.pad):
-        raise BadInput(f"--prompt={text}: the pad {task.pad} can only stand at the end{hint}")
-    return task.encode([text])
+        return prompts[torch.arange(n) % len(prompts)]
+    try:
+        prompt = task.encode([text], task.blank)
+        if task.blank not in text:
+            raise BadInput("no slot is free")
+        if task.pad and task.pad in text.rstrip(task.pad):
+            raise BadInput(f"the pad {task.pad} can only stand at the end")
+    except BadInput as error:
+        raise BadInput(f"--prompt={text}: {error}; {task.blank} is a free slot") from None
+    return prompt
 
 # -----------------------------------------------------------------------------
 # checkpoints
@@ -194,9 +193,9 @@ def load_task(run, length):
     """The task of a saved run. Without its data or reward file: no reward, so no scores."""
     try:
         task = open_task(run.task, run.length, run.data, run.pad, run.crop, run.reward, run.format)
-        if task.alphabet == run.alphabet:
+        if (task.alphabet, task.length) == (run.alphabet, length):
             return task
-        problem = f"the alphabet was {run.alphabet!r}, and is {task.alphabet!r} now"
+        problem = f"{run.data} has other letters or another length than when the run began"
     except BadInput as error:
         problem = error
     print(f"no scores (nan): {problem}", file=sys.stderr)
@@ -205,11 +204,8 @@ def load_task(run, length):
 # -----------------------------------------------------------------------------
 # what a run has learnt; train.py calls these
 
-def evaluate(args, task, process, exact, model, tokens, paid, iter):
-    """Metrics beside the reward: exact ones where the space is small; else what the task measures
-    on the latest rollout, and the reward on held-out prompts."""
-    if exact:
-        return exact(model)
+def evaluate(args, task, process, model, tokens, paid, iter):
+    """What the task measures on the latest rollout, and the reward on held-out prompts."""
     metrics = task.measure(tokens)
     if task.given:
         prompts = task.prompts(task.held_out(256, args.seed)).to(tokens.device)
@@ -245,9 +241,7 @@ def report(args, task, process, exact, reference, model, paid):
     for name, policy in (("pre-trained", reference), ("fine-tuned", model)):
         path = process.sample(policy, n, task.length, args.steps, prompts)
         add(name, path.tokens, process.path_kl(reference, path).mean().item())
-    tuned = path.tokens
-    if prompts is not None:
-        prompts = prompts[:few].repeat_interleave(k, dim=0)
+    prompts = prompts[:few].repeat_interleave(k, dim=0)
     many = process.sample(reference, few * k, task.length, args.steps, prompts).tokens
     best = paid.ask(task, many, stage="report 16").view(few, k).argmax(dim=1)
     best = many.view(few, k, -1)[torch.arange(few), best]
@@ -258,10 +252,8 @@ def report(args, task, process, exact, reference, model, paid):
     (args.out / "report.json").write_text(json.dumps(rows, indent=2) + "\n")
     before, after = rows["pre-trained"], rows["fine-tuned"]
     if after["hamming"] < before["hamming"] / 2 or after["commonest"] > 1.5 * before["commonest"]:
-        counts = torch.bincount(tuned.flatten(), minlength=task.vocab_size)
-        print("note: the samples have become much more alike, with much "
-              f"{task.alphabet[counts.argmax()]!r}. If that is not what you want, try a larger "
-              "--beta, or a reward that forbids it")
+        print("note: the samples have become much more alike. If that is not what you want, try a "
+              "larger --beta, or a reward that forbids it")
 
 
 def diversity(tokens, V):
@@ -290,13 +282,12 @@ def plot_curve(args):
     figure = Figure(figsize=(13, 6))
     figure.suptitle(f"{args.task}, {args.algo}, beta {args.beta:g}")
     for i, (axis, keys) in enumerate(zip(figure.subplots(2, 3).flat, panels)):
-        x, label, style = "queries", "rewards asked", ".-"
-        if i == 1:
-            x, label, style = "kl", "KL to the pre-trained model, nats", "."
+        x, style = ("kl", ".") if i == 1 else ("queries", ".-")
         for key in keys:
-            points = [(line[x], line[key]) for line in lines if key in line] or [(0, math.nan)]
-            axis.plot(*zip(*points), style, ms=3, label=key.replace("_", " "))
-        axis.set_xlabel(label)
+            points = [(line[x], line[key]) for line in lines if key in line]
+            if points:
+                axis.plot(*zip(*points), style, ms=3, label=key.replace("_", " "))
+        axis.set_xlabel("KL to the pre-trained model, nats" if i == 1 else "rewards asked")
         if keys:
             axis.legend()
     figure.subplots_adjust(left=0.05, right=0.98, hspace=0.3)
@@ -308,8 +299,7 @@ def histograms(drawn, file):
     figure = Figure()
     axis = figure.subplots()
     values = [rewards for _, rewards in drawn.values()]
-    labels = [f"{name}: mean {sum(v) / len(v):.3f}" for name, v in zip(drawn, values)]
-    axis.hist(values, bins=30, label=labels)            # in the same bins
+    axis.hist(values, bins=30, label=list(drawn))       # in the same bins
     axis.set_xlabel("reward")
     axis.legend()
     figure.savefig(file, dpi=110)

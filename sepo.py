@@ -15,8 +15,9 @@ What we do, and where it differs from the paper and its code:
 The paper's own estimator is `published_loss`.
 
 A path has B = P * G samples, G for each of P prompts. The objective is J = E[R] - beta KL(p ||
-p_ref), with the KL of paths in nats. Losses take (process, model, view, advantages), change
-nothing, and return (loss, clip_fraction). Only `published_loss` knows a chain: it needs masks.
+p_ref), with the KL of paths in nats. The losses of SEPO and LOOP take (process, model, view,
+advantages). All losses change nothing and return (loss, clip_fraction). Only `published_loss`
+knows a chain: it needs masks.
 
 Off policy, too: let d = beta log p_theta(path)/p_ref(path) - R. For any distribution q over paths,
     grad Var_q(d) / (2 beta) = -E_q[A grad log p_theta(path)],   A = -d + E_q[d]
@@ -72,14 +73,13 @@ def advantages(returns, kind="grpo", baseline=None, scale=None):
     equal returns."""
     returns = returns.double()
     G = returns.size(1)
-    if kind == "grpo":
-        centred = returns - returns.mean(dim=1, keepdim=True)
-    elif kind == "loo":
-        centred = (returns - returns.mean(dim=1, keepdim=True)) * (G / max(1, G - 1))
+    centred = returns - returns.mean(dim=1, keepdim=True)
+    if kind == "loo":
+        centred *= G / max(1, G - 1)
     elif kind == "running":
         is_new = baseline is None or baseline.weight == 0
         centred = returns - (returns.mean() if is_new else baseline.mean)
-    else:
+    elif kind != "grpo":
         raise ValueError(f"unknown advantage {kind!r}: grpo, loo or running")
     scale = reward_scale(returns, kind) if scale is None else scale
     return torch.where(scale > 0, centred / scale, 0.0).float()

@@ -30,9 +30,9 @@ from tqdm import tqdm
 
 import sample
 import sepo
-from diffusion import CHAINS, device_of
+from diffusion import CHAINS
 from model import Config, Denoiser
-from rewards import (TASKS, BadInput, Paid, Rollout, ask, open_task, read_known)
+from rewards import TASKS, BadInput, Paid, Rollout, ask, open_task, read_known
 from sample import HelpFormatter, number
 
 RANK = int(os.environ.get("RANK", 0))               # set by torchrun; without it, one process
@@ -92,9 +92,9 @@ def run(args):
     if source:
         model = load_pretrained(source, args, task, autocast)
     else:
-        model = Denoiser(Config(task.vocab_size, task.length, args.n_layer, args.n_head,
-                                args.n_embd, args.dropout, args.process == "uniform", args.conv),
-                         autocast)
+        config = Config(task.vocab_size, task.length, args.n_layer, args.n_head, args.n_embd,
+                        args.dropout, args.process == "uniform", args.conv)
+        model = Denoiser(config, autocast)
     compiled(args, model).to(device)
 
     data = task.data(args.data_size, torch.Generator().manual_seed(args.seed)).to(device)   # [n, L]
@@ -103,10 +103,10 @@ def run(args):
     is_exact = (task.given is None and args.task != "own"
                 and process.is_small(task.length, args.steps))
     if MASTER:
-        announce(args, task, data, device, len(task.alphabet) ** task.length if is_exact else 0)
+        announce(args, task, data, device, task.vocab_size ** task.length if is_exact else 0)
     known = read_known(task, args.known, args.group) if args.known else []
     two = data[:2].unique(dim=0).flip(0)                # not in order: a reward may sort its list
-    if not args.resume:                                 # an error costs less now than later
+    if not args.resume:                                 # fail before pre-training
         checked = ask(task, two, args.on_error).tolist()
         task.measure(two)
     open_out_dir(args)
@@ -129,7 +129,7 @@ def run(args):
         exact = sepo.ground_truth(process, reference, reward, task.length, args.beta, args.steps)
     try:
         finetune(args, task, process, model, reference, data, exact, paid, known)
-    except KeyboardInterrupt:                           # what was learnt can be looked at
+    except KeyboardInterrupt:                           # save the weights so far
         save_model(args, task, model, "finetuned.pt")
         raise
     save_model(args, task, model, "finetuned.pt")
@@ -141,10 +141,10 @@ def run(args):
 
 
 def announce(args, task, data, device, n_optimum):
-    """What the run is, and what it will cost, before anything is paid."""
+    """Print the task, the method and the largest number of rewards, before any is asked."""
     reward = os.path.relpath(args.reward) if args.reward else f"the one built into {args.task}"
     rollouts = args.iters * args.prompts * args.group
-    evaluations = 256 * (args.iters // args.eval_every) if task.given else 0
+    evaluations = 256 * math.ceil(args.iters / args.eval_every) if task.given else 0
     samples = args.report_samples
     counts = {"in rollouts": rollouts, "in evaluations": evaluations,
               "for the exact optimum": n_optimum,
@@ -178,7 +178,7 @@ def pretrain(args, task, process, model, data):
     first = restore(args, "pretrain", state)
 
     def loss_of(x0):
-        return process.loss(model, x0, given=task.given(x0) if task.given else None)
+        return process.loss(model, x0, task.slots_given(x0))
 
     bar = progress("pretrain", first, args.pretrain_iters)
     for i in bar:
@@ -207,33 +207,36 @@ def finetune(args, task, process, model, reference, data, exact, paid, known):
     first = restore(args, "finetune", state)
     loss_of = dict(loop=sepo.loop_loss, reinforce=sepo.loop_loss, published=sepo.published_loss,
                    sepo=partial(sepo.sepo_loss, clip_mode=args.clip_mode)).get(args.algo)
-    known = [score_known(args, process, reference, old) for old in known[RANK::WORLD_SIZE]]
+    known = known[RANK::WORLD_SIZE]
     buffer = known + [paid.recall(task, i, G, P * G) for i in range(1, first + 1)]
     buffer = [Rollout(*(x.to(data.device) for x in vars(old).values())) for old in buffer]
+    buffer[:len(known)] = [score_known(args, task, process, reference, old)
+                           for old in buffer[:len(known)]]
     bar = progress("finetune", first, args.iters)
     for i in bar:
         seed_everything(args, 1, i)
 
         # 1. roll out the current policy: G samples for each of P prompts
-        path, given = roll_out(args, task, process, model, data, buffer)
-        new_kl = process.path_kl(reference, path, args.micro_batch)         # [P * G] nats
+        path = roll_out(args, task, process, model, data, buffer)
+        kl = process.path_kl(reference, path, args.micro_batch)             # [P * G] nats
 
-        # 2. ask the black box, and remember what it said
-        log_ref = path.logp.flatten(1).sum(dim=1) - new_kl
-        reward = paid.ask(task, path.tokens, iter=i + 1, kl=new_kl, log_ref=log_ref).view(P, G)
-        new = Rollout(path.tokens, given, reward, new_kl.view(P, G), log_ref.view(P, G))
+        # 2. ask for the rewards, and remember the rollout
+        log_ref = path.logp.flatten(1).sum(dim=1) - kl
+        reward = paid.ask(task, path.tokens, iter=i + 1, kl=kl, log_ref=log_ref)
+        new = Rollout(path.tokens, *(x.view(P, G) for x in (reward, kl, log_ref)))
         buffer.append(new)
         if MASTER and i == 0:
-            advise(args, reward)
+            advise(args, new.reward)
 
-        kl, clipped, norms = new_kl, [], []
+        rollout, clipped, norms = new, [], []
         for k in range(1 + args.replay):
             if k > 0:                                   # a remembered rollout, along new paths
-                old = random.choice(buffer)
-                path, reward = new_path(args, process, model, old.tokens, old.given), old.reward
+                rollout = random.choice(buffer)
+                path = new_path(args, task, process, model, rollout.tokens)
                 kl = process.path_kl(reference, path, args.micro_batch)
 
             # 3. what is each sample worth? its reward, minus beta times the KL that its path cost
+            reward = rollout.reward                                         # [P, G]
             kl = kl.view_as(reward)                                         # [P, G] nats
             returns = reward - args.beta * kl
             variance = sepo.reward_scale(reward, args.advantage, args.beta).square()
@@ -259,7 +262,8 @@ def finetune(args, task, process, model, reference, data, exact, paid, known):
         baseline.update(average_((new.reward - args.beta * new.kl).mean()))
         metrics = summary(new, paid, sum(clipped) / len(norms), torch.stack(norms).mean())
         if MASTER and ((i + 1) % args.eval_every == 0 or i + 1 == args.iters):
-            metrics |= sample.evaluate(args, task, process, exact, model, new.tokens, paid, i + 1)
+            metrics |= (exact(model) if exact else
+                        sample.evaluate(args, task, process, model, new.tokens, paid, i + 1))
         log(args, bar, phase="finetune", iter=i + 1, **metrics)
         end_iteration(args, task, "finetune", i, args.iters, state)
 
@@ -272,7 +276,10 @@ def summary(new, paid, clip_fraction, grad_norm):
                            kl=new.kl.mean(), clip_fraction=clip_fraction, grad_norm=grad_norm,
                            queries=queries))
     metrics["reward_std"] **= 0.5                       # of all processes: a variance until here
-    return metrics | dict(best=largest(mean.new_tensor(paid.best)))
+    best = mean.new_tensor(paid.best)
+    if WORLD_SIZE > 1:
+        dist.all_reduce(best, dist.ReduceOp.MAX)
+    return metrics | dict(best=best.item())
 
 
 def advise(args, reward):
@@ -290,46 +297,44 @@ def advise(args, reward):
               file=sys.stderr)
 
 
-def score_known(args, process, reference, old):
+def score_known(args, task, process, reference, old):
     """A Rollout of --known with its log_ref, the same whenever the run is resumed."""
     seed_everything(args, 3, 0)
-    device = device_of(reference)
-    path = new_path(args, process, reference, old.tokens.to(device), old.given.to(device))
+    path = new_path(args, task, process, reference, old.tokens)
     return replace(old, log_ref=path.logp.flatten(1).sum(dim=1).view_as(old.reward))
 
 
 def roll_out(args, task, process, model, data, buffer):
-    """G samples of the current policy for each of P prompts -> path, given [P * G, L].
+    """G samples of the current policy for each of P prompts -> path.
 
     With --explore a share of them are remembered samples, drawn anew in part."""
-    P, n = args.prompts // WORLD_SIZE, args.prompts // WORLD_SIZE * args.group
+    P = args.prompts // WORLD_SIZE
+    n = P * args.group
     prompt = torch.full((n, task.length), process.mask, device=data.device)
     if task.given:
         prompt = task.prompts(data[torch.randint(len(data), (P,), device=data.device)])
         prompt = prompt.repeat_interleave(args.group, dim=0)
-    given = prompt != process.mask                                                  # [P * G, L]
     n_old = int(args.explore * n) if buffer else 0
     if n_old:
-        tokens, reward, kl, _ = kept(args, buffer)
-        weights = sepo.wdce_weights(reward, kl, args.beta, args.min_ess)
+        tokens, weights = kept(args, buffer, lambda old: old.kl)
         prompt[:n_old] = recombine(tokens, weights, n_old, process.mask)
     path = process.sample(model, n, task.length, args.steps, prompt)
     if args.corrector_steps:
         path = process.correct_path(model, path, args.corrector_t, args.corrector_steps,
                                     args.steps)
     if n_old:                                           # the policy did not draw them alone
-        path = new_path(args, process, model, path.tokens, given)
-    return path, given
+        path = new_path(args, task, process, model, path.tokens)
+    return path
 
 
-def recombine(tokens, weights, n, mask, shift=2):
+def recombine(tokens, weights, n, mask):
     """n prompts made of remembered samples [m, L], which are chosen by their weights: one parent
-    gives a segment, moved by up to `shift` slots, to another; then slots are masked, each with a
+    gives a segment, moved by up to two slots, to another; then slots are masked, each with a
     chance that is drawn per row between 0.05 and 0.5, so that the policy fits the parts."""
     L, device = tokens.size(1), tokens.device
     parents = tokens[torch.multinomial(weights, 2 * n, replacement=True)].view(2, n, L)
     place = torch.arange(L, device=device)
-    moved = (place + torch.randint(-shift, shift + 1, (n, 1), device=device)) % L
+    moved = (place + torch.randint(-2, 3, (n, 1), device=device)) % L
     cut = torch.randint(L + 1, (2, n, 1), device=device)
     is_inside = (place >= cut.amin(dim=0)) & (place < cut.amax(dim=0))
     child = torch.where(is_inside, parents[1].gather(1, moved), parents[0])
@@ -338,26 +343,26 @@ def recombine(tokens, weights, n, mask, shift=2):
 
 
 @torch.no_grad()
-def new_path(args, process, model, tokens, given):
+def new_path(args, task, process, model, tokens):
     """A path of the forward process from tokens [B, L], read backwards, with the model's logp."""
-    path = process.path_to(tokens, given, args.steps)
+    path = process.path_to(tokens, task.slots_given(tokens), args.steps)
     return replace(path, logp=process.replay(model, path, args.micro_batch))
 
 
-def kept(args, buffer):
-    """The distinct samples of the last --keep rollouts -> tokens [n, L], and of the last time that
-    each was drawn its reward, kl and log_ref [n].
+def kept(args, buffer, cost_of):
+    """The distinct samples of the last --keep rollouts -> tokens [n, L]; their weights [n], which
+    sum to 1 and are ~ exp(R / beta - cost), with the values of the last time that each was drawn.
 
-    Two kinds of weights are made of them. wdce learns from p_ref exp(R / beta), which is p* on what
-    was seen, since each counts once, however often it was drawn. --explore chooses parents from
-    exp(R / beta - kl), which is biased towards what the policy of that time seldom drew, and keeps
-    the search alive."""
+    wdce learns from the cost -log p_ref: these are the weights of p* on what was seen, since each
+    counts once, however often it was drawn. --explore chooses parents by the cost kl, which is
+    biased towards what the policy of that time seldom drew, and keeps the search alive."""
     latest = {}
     for old in buffer[-args.keep:]:
-        values = torch.stack((old.reward, old.kl, old.log_ref), dim=-1).flatten(0, 1)   # [P * G, 3]
+        values = torch.stack((old.reward, cost_of(old)), dim=-1).flatten(0, 1)          # [P * G, 2]
         latest |= zip(map(tuple, old.tokens.tolist()), values.tolist())
     tokens = torch.tensor(list(latest), device=buffer[-1].tokens.device)
-    return tokens, *torch.tensor(list(latest.values()), dtype=torch.double, device=tokens.device).T
+    reward, cost = torch.tensor(list(latest.values()), dtype=torch.double, device=tokens.device).T
+    return tokens, sepo.wdce_weights(reward, cost, args.beta, args.min_ess)
 
 
 def draw_updates(args, process, model, path, buffer):
@@ -368,16 +373,14 @@ def draw_updates(args, process, model, path, buffer):
     if args.algo == "published":
         return [[sepo.draw_neighbours(process, model, path)]] * args.updates
     if args.algo == "wdce":                             # rows of the buffer, by their weights
-        tokens, reward, _, log_ref = kept(args, buffer)
-        weights = sepo.wdce_weights(reward, -log_ref, args.beta, args.min_ess)
-        n = args.prompts * args.group // WORLD_SIZE
+        tokens, weights = kept(args, buffer, lambda old: -old.log_ref)
+        n = len(path.tokens)
         rows = torch.multinomial(weights, args.updates * n, replacement=True).split(n)
         even = torch.full((n,), 1 / n, device=tokens.device)
         none_given = torch.zeros_like(tokens[rows[0]], dtype=torch.bool)
         return [[(tokens[row], none_given, even)] for row in rows]
-    n_views = args.updates if args.path_events else 1       # all events: the same ones every time
-    views = [sepo.draw_view(process, model, path, args.path_events) for _ in range(n_views)]
-    return [view.split(args.micro_batch) for view in views] * (args.updates // n_views)
+    views = [sepo.draw_view(process, model, path, args.path_events) for _ in range(args.updates)]
+    return [view.split(args.micro_batch) for view in views]
 
 # -----------------------------------------------------------------------------
 # optimizer steps, processes, seeds
@@ -398,7 +401,7 @@ def step(model, optimizer, lr):
         average_(p.grad)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad()
     return norm
 
 
@@ -427,7 +430,9 @@ def setup(args):
 
 
 def seed_everything(args, phase, i):
-    """Each iteration has its own seed, so a resumed run draws exactly what the whole run would."""
+    """Each iteration has its own seed, so a resumed run draws exactly what the whole run would.
+
+    phase: 0 pre-training, 1 fine-tuning, 2 the report, 3 --known."""
     sequence = np.random.SeedSequence([args.seed, phase, i, RANK])
     seed = int(sequence.generate_state(1)[0])
     torch.manual_seed(seed)
@@ -436,23 +441,17 @@ def seed_everything(args, phase, i):
 
 
 def average_(tensor):
-    """In place: the mean over the processes; None stays None."""
-    if WORLD_SIZE > 1 and tensor is not None:
+    """In place: the mean over the processes."""
+    if WORLD_SIZE > 1:
         dist.all_reduce(tensor)
         tensor /= WORLD_SIZE
     return tensor
 
 
-def largest(scalar):
-    if WORLD_SIZE > 1:
-        dist.all_reduce(scalar, dist.ReduceOp.MAX)
-    return scalar.item()
-
-
 def average(scalars):
     """{name: tensor} -> {name: float}, means over the processes."""
     values = torch.stack([value.detach().double() for value in scalars.values()])
-    return dict(zip(scalars, average_(values).tolist()))
+    return dict(zip(scalars, average_(values).tolist()))        # one transfer from the device
 
 # -----------------------------------------------------------------------------
 # log and checkpoints
@@ -499,7 +498,7 @@ def open_out_dir(args):
     if MASTER:                                          # --resume may change --iters
         writing = args.out / "config.part"
         writing.write_text(json.dumps(flags_of(args), indent=2) + "\n")
-        os.replace(writing, args.out / "config.json")   # whole, or not there
+        os.replace(writing, args.out / "config.json")   # atomic
     if WORLD_SIZE > 1:
         dist.barrier()
 
@@ -552,7 +551,7 @@ def save(file, checkpoint):
         writing = file.with_suffix(".part")
         try:
             torch.save(checkpoint, writing)
-        except RuntimeError as error:                   # what torch makes of a full disk
+        except RuntimeError as error:                   # torch raises this when the disk is full
             raise OSError(f"{writing} cannot be written: {error}") from None
         os.replace(writing, file)
 
@@ -677,9 +676,13 @@ def add_fine_tuning_flags(parser):
 def parse_args(argv=None):
     """Flags; defaults depend on task, process and algorithm, or on the run to resume."""
     parser = get_parser()
-    args = parser.parse_args(argv)
-    parser.set_defaults(task="own" if args.data else "toy")
-    args = parser.parse_args(argv)
+
+    def parse(**defaults):
+        parser.set_defaults(**defaults)
+        return parser.parse_args(argv)
+
+    args = parse()
+    args = parse(task="own" if args.data else "toy")
     out = args.out or Path("out") / args.task
     config = out / "config.json"
     if args.resume and not config.exists():
@@ -688,18 +691,13 @@ def parse_args(argv=None):
         parser.error(f"{out} holds another run: use --resume, --overwrite or another --out")
     fixed = json.loads(config.read_text()) if args.resume else {}
     size = os.path.getsize(args.data) if args.data and os.path.exists(args.data) else 0
-    if args.task == "own" and size >= 100_000:
-        parser.set_defaults(**DEFAULTS["own, from 100 kB of data on"])
-    else:
-        parser.set_defaults(**DEFAULTS.get(args.task, {}))
-    for choice in ("process", "algo"):                  # a task may choose a method
-        args = parser.parse_args(argv)
-        parser.set_defaults(**DEFAULTS.get(getattr(args, choice), {}))
-    args = parser.parse_args(argv)
+    is_large = args.task == "own" and size >= 100_000
+    args = parse(**DEFAULTS.get("own, from 100 kB of data on" if is_large else args.task, {}))
+    args = parse(**DEFAULTS.get(args.process, {}))
+    args = parse(**DEFAULTS.get(args.algo, {}))         # which the task may have chosen
     rewards = args.iters * args.prompts * args.group
-    parser.set_defaults(report_samples=rewards // 290 * 4 if args.reward else 1000)
-    parser.set_defaults(out=out, **fixed)               # flags that must stay as they were
-    args = parser.parse_args(argv)
+    args = parse(report_samples=rewards // 290 * 4 if args.reward else 1000)
+    args = parse(out=out, **fixed)                      # flags that must stay as they were
     if args.resume:
         check_resumed(parser, args, fixed)
     check_combinations(parser, args)

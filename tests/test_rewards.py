@@ -2,9 +2,9 @@
 
 Read first test_a_faulty_reward_is_told_which_sample, for what a black box may return."""
 import gzip
-import io
 import itertools
 import math
+import os
 import random
 from dataclasses import replace
 
@@ -13,7 +13,7 @@ import torch
 
 import rewards
 from diffusion import Absorbing, Uniform
-from rewards import TASKS, TOY_STEP, BadInput, Task, activity, ask, open_task
+from rewards import TASKS, TOY_STEP, BadInput, Task, ask, open_task, true_activity
 
 toy, dna = TASKS["toy"](), TASKS["dna"]()
 
@@ -59,9 +59,11 @@ def test_toy_data_follows_its_chain():
 
 
 def test_encode_and_decode_are_inverse_and_a_foreign_letter_is_named():
-    assert toy.decode(toy.encode(["ACG_TA"])) == ["ACG_TA"]
-    with pytest.raises(BadInput, match="'X' at position 3 of 'ACXGTA'"):
-        toy.encode(["ACXGTA"])
+    assert toy.decode(toy.encode(["ACG_TA"], blank="_")) == ["ACG_TA"]
+    for string, message in (("ACXGTA", "'X' at position 3 of 'ACXGTA' is not in 'ACGT'"),
+                            ("ACG_TA", "'_' at position 4"), ("ACG", "'ACG' has 3 letters")):
+        with pytest.raises(BadInput, match=message):
+            toy.encode([string])
 
 
 @pytest.mark.parametrize("reward, message", [
@@ -165,12 +167,14 @@ def test_the_buffer_is_rebuilt_from_the_file(tmp_path):
     kl = torch.randn(6)
     paid = rewards.Paid(tmp_path / "rewards.jsonl")
     reward = paid.ask(task, x, iter=4, kl=kl, log_ref=2 * kl)
-    assert '"sample": "CA", "reward": 1.0, "prompt": "CA___"' in (tmp_path / "rewards.jsonl").read_text()
+    first, *_ = rewards.whole_lines((tmp_path / "rewards.jsonl").read_text())
+    assert list(first) == ["iter", "sample", "reward", "kl", "log_ref", "prompt"]
+    assert (first["sample"], first["reward"], first["prompt"]) == ("CA", 1, "CA___")
     again = rewards.Paid(tmp_path / "rewards.jsonl")
     rollout = again.recall(task, 4, group=3, size=6)
     assert torch.equal(rollout.tokens, x) and torch.equal(rollout.reward, reward.view(2, 3))
     assert torch.equal(rollout.log_ref, 2 * kl.view(2, 3))
-    assert torch.equal(rollout.kl, kl.view(2, 3)) and torch.equal(rollout.given, task.given(x))
+    assert torch.equal(rollout.kl, kl.view(2, 3))
     assert again.seen == paid.seen and again.best == paid.best
 
 
@@ -213,8 +217,8 @@ def test_known_rewards_of_one_prompt_stay_together(tmp_path):
     task, _ = counting_task(given=lambda x: (torch.arange(3) < 1).expand_as(x))
     (tmp_path / "known.csv").write_text("sample,reward\nAAC,1\nCCC,2\nACC,3\nAAA,4\nACA,5\n")
     one, two = rewards.read_known(task, str(tmp_path / "known.csv"), 2)
-    assert task.decode(one.tokens) == ["AAC", "ACC"] and two.reward.tolist() == [[4, 5]]
-    assert one.given.tolist() == [[True, False, False]] * 2     # CCC is alone with its prompt
+    assert task.decode(one.tokens) == ["AAC", "AAA"]            # every second row, since a table
+    assert two.reward.tolist() == [[3, 5]]                      # may be sorted; CCC is alone
 
 
 @pytest.mark.parametrize("text, message", [
@@ -223,7 +227,8 @@ def test_known_rewards_of_one_prompt_stay_together(tmp_path):
     ("sample,reward\nAA,1\n", "row 1: 'AA' has 2 letters, the task 3"),
     ("sample,reward\nAAC,much\n", "row 1: could not convert string to float: 'much'"),
     ("sample,reward\nAAC,nan\n", "row 1: the reward is nan"),
-    ("sample,reward\nAAC\n", "row 1: .*None"), ("sequence,reward\nAAC,1\n", "columns sample and reward are needed; it has sequence, reward"),
+    ("reward,sample\n1,AAC\n2\n", "row 2: .*None"), ("sample,reward\nAAC\n", "row 1: .*None"),
+    ("sequence,reward\nAAC,1\n", "columns sample and reward are needed; it has sequence, reward"),
     ("", "known.csv has no row"), (None, "known.csv cannot be read: .*No such file")])
 def test_known_rewards_that_do_not_fit_get_a_line(text, message, tmp_path):
     if text is not None:
@@ -311,7 +316,11 @@ def spell(**sites):
     (spell(s10="TGACTCA", s30="AGATAA"), 0.25),                                 # GATA1 represses
     (spell(s10="TGACTCA", s30="AGATAA", s45="TTATCT"), 0.125)])
 def test_true_activity_by_hand(sequence, value):
-    assert activity(dna.encode([sequence])).item() == pytest.approx(value)
+    assert true_activity(sequence) == pytest.approx(value)
+
+
+def activity(tokens):
+    return torch.tensor([true_activity(s) for s in dna.decode(tokens)])
 
 
 def test_both_strands_have_the_same_activity():
@@ -503,12 +512,6 @@ def test_a_pad_that_occurs_in_the_data_is_refused(tmp_path):
         open_task("own", 4, write(tmp_path, "[O-]\nCC\n"), "-")
 
 
-def test_dna_itself_can_be_padded(tmp_path):
-    task = open_task("dna", 20, write(tmp_path, "TGACTCA\n" + "C" * 20), "-")
-    assert activity(task.data(2)).tolist() == [0.5, 0]
-    assert ask(task, task.data(2)).isfinite().all()
-
-
 def test_windows_of_a_genome_avoid_foreign_letters_and_say_so(tmp_path, capsys):
     rng = random.Random(0)
     left, right = ("".join(rng.choices("ACGT", k=100)) for _ in range(2))
@@ -517,7 +520,7 @@ def test_windows_of_a_genome_avoid_foreign_letters_and_say_so(tmp_path, capsys):
     assert "windows that avoid 6 foreign letters" in capsys.readouterr().err
     drawn = set(task.decode(task.data(2000)))
     assert drawn and all(s in left or s in right for s in drawn)
-    with pytest.raises(BadInput, match="'N' at position 101 of sequence 1 of .*avoids N"):
+    with pytest.raises(BadInput, match="sequence 1 of .*: 'N' at position 101 .*avoid foreign let"):
         open_task("dna", 206, file)
 
 
@@ -577,8 +580,6 @@ def test_without_a_task_letters_length_and_pad_are_what_the_file_needs(tmp_path,
     task = open_task("own", 0, write(tmp_path, lines))
     n_held = len(task.held(1000))
     assert f"256 sequences, {n_held} held out\n" in capsys.readouterr().err
-    with pytest.raises(BadInput, match="--task=own takes its letters from a file: give --data"):
-        open_task("own", reward="x.py:f")
 
 
 def test_the_format_of_a_file_can_be_named(tmp_path):
@@ -589,17 +590,17 @@ def test_the_format_of_a_file_can_be_named(tmp_path):
 
 
 @pytest.mark.parametrize("content, more, message", [
-    ("ACGT\nACG\n", {}, "sequence 2 of .* has 3 letters, the task 4 slots: fill up with --pad=-"),
-    ("ACGT\nACGTA\n", {}, "sequence 2 of .* has 5 letters, .* cut windows with --crop"),
+    ("ACGT\nACG\n", {}, "sequence 2 of .* has 3 letters, the task 4; fill up with --pad=-"),
+    ("ACGT\nACGTA\n", {}, "sequence 2 of .* has 5 letters, .* cut windows .* with --crop"),
     ("ACG\nAC\n", dict(crop=True), "no sequence has 4 known letters in a row"),
-    ("@read\nACGT\n+\nFFFF\n", {}, "data.txt is not in 'ACGT': without --task the alphabet is"),
-    (">x\nACGT\n>y\nAC\nXT\n", {}, "'X' at position 3 of sequence 2 of .*data.txt is not in 'ACGT'"),
+    ("@read\nACGT\n+\nFFFF\n", {}, "data.txt: .* not in 'ACGT'.* without --task the alphabet is"),
+    (">x\nACGT\n>y\nAC\nXT\n", {}, "sequence 2 of .*data.txt: 'X' at position 3 .* not in 'ACGT'"),
     ("ACGT\nACGTA\n", dict(pad="-"), "sequence 2 of .* has 5 letters"),
-    (">x\nACGT\n>y\n>z\nACGT\n", {}, "sequence 2 of .*data.txt has 0 letters"),
-    (">a\n>b\nACGT\n", {}, "sequence 1 of .*data.txt has 0 letters"),
-    ("ACGT\nACXT\n", {}, "'X' at position 3 of sequence 2 of .* is not in 'ACGT'"),
-    ("ACGT\nA_GT\n", {}, "'_' at position 2 of sequence 2 of .* is not in"),
-    ("", {}, "data.txt is empty"), ("\n \n", {}, "data.txt is empty"),
+    (">x\nACGT\n>y\n>z\nACGT\n", {}, "data.txt: sequence 2 is empty"),
+    (">a\n>b\nACGT\n", {}, "data.txt: sequence 1 is empty"),
+    ("ACGT\nACXT\n", {}, "sequence 2 of .*: 'X' at position 3 of 'ACXT' is not in 'ACGT'"),
+    ("ACGT\nA_GT\n", {}, "sequence 2 of .*: '_' at position 2 of 'A_GT' is not in"),
+    ("", {}, "sequence 1 is empty"), ("\n \n", {}, "sequence 1 is empty"),
     (b"\xff\xfe\x00A", {}, "data.txt cannot be read as text"),
     ("ACGT", dict(pad="--"), "--pad=--: one letter is needed"),
     ("ACGT", dict(pad="A"), "--pad=A is a letter of"), ("CCGG", dict(pad="A"), "--pad=A is a letter of")])
@@ -684,6 +685,8 @@ def test_on_error_is_the_reward_of_samples_whose_reward_fails(tmp_path):
     x = task.encode(["AAAAAA", "TTTTTT", "CAAAAA", "GAAAAA"])
     with pytest.warns(UserWarning, match="the reward failed: ZeroDivisionError.*makes it -5.0"):
         assert ask(task, x, on_error=-5.0).tolist() == [-5, 1, -5, -5]
+        late = replace(task, reward=lambda x: (v for _ in "a" for v in task.reward(x)))     # raises
+        assert ask(late, x, on_error=-5.0).tolist() == [-5, 1, -5, -5]      # only when it is read
     assert ask(task, x[:3], on_error=0.0).tolist() == [0, 1, 0]
     with pytest.raises(ZeroDivisionError):
         ask(task, x)
@@ -701,15 +704,12 @@ def test_an_exception_of_the_users_own_is_never_a_line_of_ours():
     assert isinstance(error.value.__cause__, FileNotFoundError)
 
 
-def test_rewards_that_cannot_be_written_are_told(tmp_path, monkeypatch):
-    """A full disk takes a part of a write and says so by its size alone."""
-    class Full(io.BytesIO):
-        def write(self, text):
-            return super().write(text[:10])
-    monkeypatch.setattr(rewards, "open", lambda *_, **__: Full(), raising=False)
-    task = TASKS["toy"]()
-    with pytest.raises(OSError, match="rewards.jsonl cannot be written: is the disk full"):
-        rewards.Paid(tmp_path / "rewards.jsonl").ask(task, task.encode(["TTTTTT"]))
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_rewards_that_cannot_be_written_are_told(tmp_path):
+    task, paid = TASKS["toy"](), rewards.Paid(tmp_path / "rewards.jsonl")
+    paid.file.symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        paid.ask(task, task.encode(["TTTTTT"]))
 
 
 def test_samples_that_differ_in_their_pads_alone_are_paid_for_once(tmp_path):
@@ -735,14 +735,16 @@ def test_what_measure_must_not_return(columns):
 
 
 @pytest.mark.parametrize("content, format, message", [
-    (">a\n>b\n", "", "has names, and no sequence"), ("ACGT\n", "fasta", "is no FASTA: it does not begin")])
+    (">a\n>b\n", "", "sequence 1 is empty"), ("ACGT\n", "fasta", "is no FASTA: no line begins with")])
 def test_fasta_that_is_none(content, format, message, tmp_path):
     with pytest.raises(BadInput, match=message):
         open_task("own", 0, write(tmp_path, content), format=format)
 
 
-def test_the_last_known_row_joins_the_others(tmp_path):
+def test_every_known_row_is_in_a_rollout_of_two_or_more(tmp_path):
     rows = "".join(f"{s},1\n" for s in ("AAAAAA", "CCCCCC", "GGGGGG", "TTTTTT", "ACACAC"))
-    known = rewards.read_known(TASKS["toy"](), write(tmp_path, "sample, reward\n" + rows), 2)
-    assert [len(old.tokens) for old in known] == [2, 3]
+    file = write(tmp_path, "sample, reward\n" + rows)
+    for group, sizes in ((1, [3, 2]), (2, [3, 2]), (3, [5]), (9, [5])):
+        known = rewards.read_known(TASKS["toy"](), file, group)
+        assert [len(old.tokens) for old in known] == sizes
 

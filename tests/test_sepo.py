@@ -381,6 +381,20 @@ def test_on_one_slot_per_event_sepo_is_loop():
     assert close(gradient(a[0], model), gradient(b[0], model))
 
 
+@pytest.mark.parametrize("events", [0, 2])
+def test_a_view_without_any_event_has_a_loss_of_zero(events):
+    """As after a corrector at a small t, where no slot is masked again."""
+    process, model = Absorbing(3), network(3, 4)
+    path = process.correct_path(model, process.sample(model, 5, 4), 1e-6, 1)
+    assert path.given.all()
+    for part in sepo.draw_view(process, model, path, events).split(2):
+        for loss_of in (sepo.sepo_loss, sepo.loop_loss):
+            loss, clip_fraction = loss_of(process, model, part, torch.ones(5))
+            loss.backward()
+            assert loss == 0 and clip_fraction == 0
+    assert all(p.grad is not None and (p.grad == 0).all() for p in model.parameters())
+
+
 @pytest.mark.parametrize("chain", [Absorbing, Uniform])
 @pytest.mark.parametrize("events", [0, 1, 2])
 def test_micro_batches_add_up_to_the_whole(chain, events):

@@ -250,9 +250,9 @@ def test_an_iteration_is_its_formulas_written_out(algo, tmp_path, monkeypatch):
     assert clip == (float("inf") if algo == "reinforce" else 0.1) and mode in ([], ["stop"])
     assert [call[2] for call in steps[-4:]] == pytest.approx([0.01, 0.01, 0.005, 0.005])
 
-    process, old, given = paths[1][1], paths[1][3], paths[1][4]         # the replay of iteration 2
-    path, A = paths[1][-1], losses[3][3]
-    assert torch.equal(path.tokens, old) and not given.any()
+    _, _, process, _, old, path = paths[1]                      # the replay of iteration 2
+    A = losses[3][3]
+    assert torch.equal(path.tokens, old) and not path.given.any()
     reference, _ = sample.load_model(tmp_path / "pretrained.pt")
     R = (old == 1).double().mean(dim=1)
     returns = R - 0.3 * (path.logp - process.replay(reference, path).detach()).sum(dim=1)
@@ -265,7 +265,7 @@ def test_an_iteration_is_its_formulas_written_out(algo, tmp_path, monkeypatch):
 def test_the_scale_of_grpo_is_pooled_over_the_processes(tmp_path, monkeypatch):
     """As if the mean variance over all processes were four times that of this one."""
     set_two(monkeypatch, lambda x: (x == 1).float().mean(dim=1), "ACGT", 4)
-    monkeypatch.setattr(train, "average_", lambda x: x if x is None or x.dim() else 4 * x)
+    monkeypatch.setattr(train, "average_", lambda x: x if x.dim() else 4 * x)
     losses = captured(monkeypatch, sepo, "sepo_loss")
     run(tmp_path, "--advantage=grpo", "--path_events=1", *BIG)
     R, _ = rollouts(tmp_path)[1]
@@ -329,7 +329,7 @@ def test_known_rewards_are_learned_from_before_anything_is_asked(tmp_path, monke
                                                                   for i, s in enumerate(rows)))
     paths = captured(monkeypatch, train, "new_path")
     run(tmp_path / "a", f"--known={tmp_path / 'lab.csv'}", "--replay=12", "--iters=1", "--group=4")
-    tokens = {tuple(row) for call in paths for row in call[3].tolist()}
+    tokens = {tuple(row) for call in paths for row in call[4].tolist()}
     encoded = {tuple("ACGT".index(c) for c in row) for row in rows}
     assert len(tokens & encoded) > 10 and lines(tmp_path / "a")[-1]["queries"] <= 4
 
@@ -809,7 +809,7 @@ def test_the_report_says_what_it_asks_and_notes_an_exploited_reward(tmp_path, mo
     run(tmp_path, "--iters=30", "--updates=8", "--lr=0.03", "--beta=0")
     printed = capsys.readouterr().out
     assert "the report asked for 0 more rewards" in printed and len(asked) == len(set(asked)) == 8
-    assert "more alike, with much '1'" in printed and "a reward that forbids it" in printed
+    assert "much more alike" in printed and "a reward that forbids it" in printed
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["pre-trained"]["kl"] == pytest.approx(0, abs=1e-4)
     assert 1 < report["fine-tuned"]["kl"] < 5 and report["fine-tuned"]["reward"] > 0.9
@@ -879,9 +879,10 @@ def test_a_uniform_run_is_sampled_and_filmed(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("text, message", [
-    ("AC___", "has no free slot; [?] is a free slot"), ("AC_??", "the pad _ can only stand at the end"),
-    ("AC-??", "'-' at position 3 of --prompt is not in 'ACGT_'; [?] is a free slot"), ("AC???", None),
-    ("AC??_", None)])
+    ("AC___", "--prompt=AC___: no slot is free; [?] is a free slot"),
+    ("AC_??", "the pad _ can only stand at the end; [?] is a free slot"),
+    ("AC-??", "'-' at position 3 of 'AC-[?][?]' is not in 'ACGT_[?]'; [?] is a free slot"),
+    ("AC???", None), ("AC??_", None)])
 def test_the_blank_of_a_prompt_is_neither_letter_nor_pad(text, message):
     task = replace(TASKS["toy"](5), alphabet="ACGT_", pad="_")
     if message:
@@ -904,11 +905,12 @@ def test_measure_is_tried_before_anything_is_paid_or_written(tmp_path):
     (["--run=nowhere"], "nowhere/finetuned.pt is missing"),
     (["--n=0"], "invalid int in .1, inf. value"), (["--which=best"], "invalid choice: 'best'"),
     (["--movie=a.xyz"], "invalid name with .gif value"), (["--plot=a.x"], "invalid name with .png value"),
-    (["--prompt=TC"], "--prompt=TC has 2 letters, the task 6 slots; _ is a free slot"),
-    (["--prompt=TCTCTC"], "--prompt=TCTCTC has no free slot; _ is a free slot"),
+    (["--prompt=TC"], "--prompt=TC: 'TC' has 2 letters, the task 6; _ is a free slot"),
+    (["--prompt=TCTCTC"], "--prompt=TCTCTC: no slot is free; _ is a free slot"),
     (["--best=2", "--run=nowhere"], "pretrained.pt is missing: is nowhere the folder of a run"),
     (["--best=2", "--movie=a.gif"], "--best shows what was asked: it has no --compare, --prompt or"),
-    (["--prompt=TCX___"], "'X' at position 3 of --prompt is not in 'ACGT'; _ is a free slot"), (["--steps=-3"], "invalid int in .-1, inf. value"),
+    (["--prompt=TCX___"], "'X' at position 3 of 'TCX___' is not in 'ACGT_'; _ is a free slot"),
+    (["--steps=-3"], "invalid int in .-1, inf. value"),
     (["--compare", "--format=fasta"], "--compare prints a table")])
 def test_bad_input_of_sample_gets_a_line(args, message, toy, capsys):
     fails(sample.main, [f"--run={toy[0]}", *args], message, capsys)
