@@ -105,15 +105,15 @@ def run(args):
     if MASTER:
         announce(args, task, data, device, task.vocab_size ** task.length if is_exact else 0)
     known = read_known(task, args.known, args.group) if args.known else []
-    two = data[:2].unique(dim=0).flip(0)                # not in order: a reward may sort its list
+    probe = data[:2].unique(dim=0).flip(0)              # not in order: a reward may sort its list
     if not args.resume:                                 # fail before pre-training
-        checked = ask(task, two, args.on_error).tolist()
-        task.measure(two)
+        checked = ask(task, probe, args.on_error).tolist()
+        task.measure(probe)
     open_out_dir(args)
     paid = Paid(args.out / "rewards.jsonl", RANK, args.on_error, task.pad)
     if not args.resume:
-        paid.reward_of |= zip(task.samples(two), checked)
-        paid.ask(task, two, stage="check")
+        paid.reward_of |= zip(task.samples(probe), checked)
+        paid.ask(task, probe, stage="check")
     for rollout in known:                               # is not asked again, either
         paid.reward_of |= zip(task.samples(rollout.tokens), rollout.reward.flatten().tolist())
     if not source:
@@ -174,8 +174,8 @@ def pretrain(args, task, process, model, data):
     optimizer = adamw(model, weight_decay=0.01)
     held_out = task.held_out(256, args.seed).to(data.device)
     batch = args.pretrain_batch // WORLD_SIZE
-    state = dict(model=model, optimizer=optimizer)
-    first = restore(args, "pretrain", state)
+    saved = dict(model=model, optimizer=optimizer)
+    first = restore(args, "pretrain", saved)
 
     def loss_of(x0):
         return process.loss(model, x0, task.slots_given(x0))
@@ -196,15 +196,15 @@ def pretrain(args, task, process, model, data):
                 losses = dict(loss=loss_of(x0), held_out_loss=loss_of(held_out), grad_norm=norm)
             model.train()
             log(args, bar, phase="pretrain", iter=i + 1, **average(losses))
-        end_iteration(args, task, "pretrain", i, args.pretrain_iters, state)
+        end_iteration(args, task, "pretrain", i, args.pretrain_iters, saved)
 
 
 def finetune(args, task, process, model, reference, data, exact, paid, known):
     """Roll out, ask for rewards, learn from the new samples and from remembered ones; repeat."""
     optimizer, baseline = adamw(model, weight_decay=0.0), sepo.Baseline()
     P, G = args.prompts // WORLD_SIZE, args.group
-    state = dict(model=model, optimizer=optimizer, baseline=baseline)
-    first = restore(args, "finetune", state)
+    saved = dict(model=model, optimizer=optimizer, baseline=baseline)
+    first = restore(args, "finetune", saved)
     loss_of = dict(loop=sepo.loop_loss, reinforce=sepo.loop_loss, published=sepo.published_loss,
                    sepo=partial(sepo.sepo_loss, clip_mode=args.clip_mode)).get(args.algo)
     known = known[RANK::WORLD_SIZE]
@@ -265,7 +265,7 @@ def finetune(args, task, process, model, reference, data, exact, paid, known):
             metrics |= (exact(model) if exact else
                         sample.evaluate(args, task, process, model, new.tokens, paid, i + 1))
         log(args, bar, phase="finetune", iter=i + 1, **metrics)
-        end_iteration(args, task, "finetune", i, args.iters, state)
+        end_iteration(args, task, "finetune", i, args.iters, saved)
 
 
 def summary(new, paid, clip_fraction, grad_norm):
@@ -503,7 +503,7 @@ def open_out_dir(args):
         dist.barrier()
 
 
-def restore(args, phase, state):
+def restore(args, phase, saved):
     """On --resume, load what last.pt holds of a phase -> its first iteration that is left."""
     last, checkpoint = args.out / "last.pt", dict(phase="", log_size=0)
     if args.resume and last.exists():
@@ -512,7 +512,7 @@ def restore(args, phase, state):
     try:
         if checkpoint["phase"] == phase:
             first = checkpoint["iter"]
-            for name, part in state.items():
+            for name, part in saved.items():
                 part.load_state_dict(checkpoint[name])
     except (KeyError, TypeError, RuntimeError, ValueError) as error:
         raise BadInput(f"{last} belongs to a run of another shape") from error
@@ -521,19 +521,19 @@ def restore(args, phase, state):
     return first
 
 
-def end_iteration(args, task, phase, i, total, state):
+def end_iteration(args, task, phase, i, total, saved):
     """Save last.pt, and with it the fine-tuned model and its curve, if it is time to; at the end,
     too."""
     last = args.out / "last.pt"
     is_due = not last.exists() or time.time() - last.stat().st_mtime >= args.save_every
     if MASTER and (is_due or i + 1 == total):
-        if not all(p.isfinite().all() for p in state["model"].parameters()):
+        if not all(p.isfinite().all() for p in saved["model"].parameters()):
             raise BadInput("weights are not finite: try a smaller learning rate; last.pt is good")
         log_size = (args.out / "metrics.jsonl").stat().st_size
-        parts = {name: part.state_dict() for name, part in state.items()}
+        parts = {name: part.state_dict() for name, part in saved.items()}
         save(last, dict(phase=phase, iter=i + 1, log_size=log_size, **parts))
         if phase == "finetune":
-            save_model(args, task, state["model"], "finetuned.pt")
+            save_model(args, task, saved["model"], "finetuned.pt")
             sample.plot_curve(args)
 
 

@@ -173,6 +173,7 @@ def figure(runs, panels, file):
         if y == "share_of_optimum":
             axis.set_ylim(0, 1.03)
             axis.set_xscale("log")
+            axis.xaxis.set_major_formatter("{x:,.0f}")
     drawing.legend(*axes[0].get_legend_handles_labels(), loc="outside right")
     drawing.savefig(file)
 
@@ -282,6 +283,8 @@ def main():
     if args.what == "defaults":
         return print(task_table(out, names, seeds))
     print(table(runs, key, MARKS))
+    if args.what == "ehrlich":
+        print("\n" + table(runs, "best", MARKS))
     if args.what == "corrector":
         corrected_samples(out, seeds)
     if flags == DNA:
