@@ -394,9 +394,11 @@ def test_the_start_says_which_reward_is_asked_and_how_often(tmp_path, capsys):
     assert f"method sepo, beta 0.1; cpu; results in {tmp_path / 'a'}" in err
     args = train.parse_args(["--task=arithmetic", f"--out={tmp_path / 'c'}", *TINY])
     task = TASKS["arithmetic"]()
-    train.announce(args, task, task.data(50), "cpu", 0)
-    err = capsys.readouterr().err
-    assert "2,048 in rollouts, 512 in evaluations, 145 in the report" in err
+    for every, evaluations in ((2, 512), (3, 512), (9, 256)):   # the last rollout is evaluated, too
+        args.eval_every = every
+        train.announce(args, task, task.data(50), "cpu", 0)
+        err = capsys.readouterr().err
+        assert f"2,048 in rollouts, {evaluations} in evaluations, 145 in the report" in err
     assert "50 sequences of 9 letters '0123456789+=', 256 others held out" in err
     (tmp_path / "own.py").write_text("def score(samples): return [len(set(s)) for s in samples]\n")
     (tmp_path / "data.txt").write_text("\n".join(["AB" * 5, "BA" * 5, "CCCCCAAAAA"] * 10))
@@ -511,9 +513,12 @@ def test_a_run_folder_stands_by_itself(tmp_path, capsys):
     (tmp_path / "data.txt").write_text("\n".join(["MKV", "MKVLA", "LLA"] * 5))
     run(tmp_path / "out", f"--data={tmp_path / 'data.txt'}",
         f"--reward={tmp_path / 'own.py'}:score", task="own")
+    (tmp_path / "data.txt").write_text("MKVLAA\nLLA\n" * 5)     # the same letters, another length
+    capsys.readouterr()
+    sample.main([f"--run={tmp_path / 'out'}", "--n=2"])
+    assert "data.txt has other letters or another length than when" in capsys.readouterr().err
     for gone in ("own.py", "data.txt"):
         (tmp_path / gone).unlink()
-    capsys.readouterr()
     sample.main([f"--run={tmp_path / 'out'}", "--n=30"])
     out, err = capsys.readouterr()
     assert "no scores (nan): --data=" in err and len(out.splitlines()) == 30
