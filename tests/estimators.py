@@ -42,7 +42,7 @@ import sepo  # noqa: E402
 from diffusion import Absorbing, MaskPath, View, gumbel_argmax, pick  # noqa: E402
 from exact import (Table, exact_p, gradient, network, posterior_table, random_law,  # noqa: E402
                    rank, sequences)
-from rewards import TASKS  # noqa: E402
+from rewards import TASKS, ask  # noqa: E402
 
 # -----------------------------------------------------------------------------
 # what an estimator looks at. A draw is a list of states (masked, scored, weight) of one sample.
@@ -68,12 +68,22 @@ def some_events(k):
     return draws
 
 
-def merged(s, is_mean):
-    """The first of every s neighbouring states of the path; all that these reveal is scored there.
-    is_mean: the mean per state, TraceRL (2509.06949); else the sum, d2-StepMerge (2509.21474)."""
+def merged(s):
+    """The first of every s neighbouring states of the path; all that these reveal is scored there;
+    the mean per state (TraceRL, 2509.06949, for models without blocks)."""
     def draws(order):
         groups = [(order[j:], order[j:j + s]) for j in range(0, len(order), s)]
-        return [(1.0, [(m, g, 1 / len(g) / len(groups) if is_mean else 1.0) for m, g in groups])]
+        return [(1.0, [(m, g, 1 / len(g) / len(groups)) for m, g in groups])]
+    return draws
+
+
+def step_merge(s):
+    """The path in N = L / s parts of nearly the same size; all that a part reveals is scored at its
+    first state; the sum (d2-StepMerge, 2509.21474)."""
+    def draws(order):
+        L, N = len(order), -(-len(order) // s)
+        cuts = [i * L // N for i in range(N + 1)]
+        return [(1.0, [(order[a:], order[a:b], 1.0) for a, b in itertools.pairwise(cuts)])]
     return draws
 
 
@@ -122,9 +132,18 @@ def noised(order):
 
 
 def random_mask(order):
-    """UniGRPO (MMaDA, 2505.15809), as its authors' later code has it: the mean of a random mask."""
-    return [(p, [(slots, slots, 1 / len(slots))] if slots else [])
-            for p, slots, _ in by_level(len(order), 0.1, 0.9)]
+    """UniGRPO (MMaDA, 2505.15809), as its authors' later code has it: the mean of a random mask
+    that is not empty."""
+    drawn = [(p, slots) for p, slots, _ in by_level(len(order), 0.1, 0.9) if slots]
+    total = sum(p for p, _ in drawn)
+    return [(p / total, [(slots, slots, 1 / len(slots))]) for p, slots in drawn]
+
+
+def noised_below(order):
+    """DiPOD (2606.13795): 0 to L - 1 masks, with the bound's weight."""
+    L = len(order)
+    return [(1 / L, [])] + [(1 / L / math.comb(L, m), [(list(slots), list(slots), L / m)])
+                            for m in range(1, L) for slots in itertools.combinations(range(L), m)]
 
 
 def coupled(order):
@@ -153,7 +172,7 @@ def complements(order):
 def quadrature(order):
     """GDPO (2510.08554), as others' code has it: the bound at two Gauss points of t."""
     L = len(order)
-    pairs = itertools.product(*(list(itertools.combinations(range(L), max(1, round(t * L))))
+    pairs = itertools.product(*(list(itertools.combinations(range(L), max(1, int(t * L))))
                                 for t in (0.2113, 0.7887)))
     pairs = [tuple(map(list, pair)) for pair in pairs]
     return [(1 / len(pairs), [(a, a, 0.5 / 0.2113), (b, b, 0.5 / 0.7887)]) for a, b in pairs]
@@ -200,14 +219,11 @@ def bound(process, model, view, A):
     return torch.zeros(2, A.numel()).index_add(1, view.row, states).view(2, *A.shape)
 
 
-def sequence_loss(per_slot):
-    """One ratio per sample: exp of the difference of its bound, per slot (ESPO) or not (GDPO)."""
-    def loss(process, model, view, A, chance, clip=0.2):
-        new, old = bound(process, model, view, A)
-        L = view.scored.any(dim=0).sum()
-        objective = sepo.surrogate((new - old) / (L if per_slot else 1), A, clip)[0]
-        return -(chance * objective / (1 if per_slot else L)).sum()
-    return loss
+def sequence_loss(process, model, view, A, chance, clip=0.2):
+    """One ratio per sample: exp of the difference of its bound, per slot."""
+    new, old = bound(process, model, view, A)
+    L = view.scored.any(dim=0).sum()
+    return -(chance * sepo.surrogate((new - old) / L, A, clip)[0]).sum()
 
 
 def mixed_loss(process, model, view, A, chance, clip=0.2):
@@ -221,26 +237,33 @@ def mixed_loss(process, model, view, A, chance, clip=0.2):
 
 
 def weighted_loss(weights_of):
-    """No ratio: the bound, weighted by what weights_of makes of the advantages of each prompt."""
-    def loss(process, model, view, A, chance):
-        return -(chance * weights_of(A, chance) * bound(process, model, view, A)[0]).sum()
+    """No ratio: the bound, weighted by what weights_of makes of the advantages of each prompt, and
+    of kl [P, G], log p(path)/p_ref(path)."""
+    def loss(process, model, view, A, chance, kl=0.0):
+        weights = weights_of(A, chance, kl)
+        return -(chance * weights * bound(process, model, view, A)[0]).sum()
     return loss
 
 
-def tilted(A, chance):
-    """softmax(A) over the samples of each prompt, times their number: the weights of p* (WDCE)."""
-    weights = A.exp()
-    return weights * chance.sum(dim=1, keepdim=True) / (chance * weights).sum(dim=1, keepdim=True)
+def as_they_are(A, chance, kl):
+    """JustGRPO: one update per rollout."""
+    return A
 
 
-def pull_and_push(A, chance):
-    """softmax(A) pulls, softmax(-A) pushes (wd1, DMPO)."""
-    return tilted(A, chance) - tilted(-A, chance)
+def tilted(A, chance, kl):
+    """softmax(A - kl) over the samples of each prompt, times their number. For A = R / beta these
+    are the weights of p* (WDCE)."""
+    return (A - kl + chance.log()).softmax(dim=1) / chance * chance.sum(dim=1, keepdim=True)
+
+
+def pull_and_push(A, chance, kl):
+    """softmax(A - kl) pulls, softmax(-A - kl) pushes (DMPO; wd1, without the KL)."""
+    return tilted(A, chance, kl) - tilted(-A, chance, kl)
 
 
 def sandwich_loss(process, model, view, A, chance, beta=1.5):
-    """SPG: the bound from below where A > 0; else one from above, per slot the log of the mean over
-    the states of p^beta / t, divided by beta; both are means over slots."""
+    """SPG: the bound from below where A > 0; else its mean with one from above: per slot the log of
+    the mean over the states of p^beta / t, divided by beta. Both are means over slots."""
     logp = process.logp(model, view)                                                # [n, L]
     below = bound(process, model, view, A)[0] / 2
     level = view.scored.sum(dim=1, keepdim=True) / view.scored.any(dim=0).sum()     # t of a state
@@ -248,16 +271,16 @@ def sandwich_loss(process, model, view, A, chance, beta=1.5):
         0, view.row, view.scored * (beta * logp).exp() / level / 2)
     seen = inside > 0
     above = torch.where(seen, inside.where(seen, 1).log() / beta, 0).sum(dim=1) / seen.sum(dim=1)
-    return -(chance * A * torch.where(A > 0, below, above.view_as(A))).sum()
+    mixture = (above.view_as(A) + below) / 2
+    return -(chance * A * torch.where(A > 0, below, mixture)).sum()
 
 
 def consistent_loss(process, model, view, A, chance):
-    """The bound of the model's own samples beside it, which holds it tight (DiPOD, 2606.13795)."""
-    own = bound(process, model, view, A)[0]
-    return token_loss(process, model, view, A, chance) - 0.05 * (chance * own).sum()
-
-
-SOFTMAX = weighted_loss(pull_and_push), weighted_loss(tilted)   # of A over a temperature
+    """DiPOD (2606.13795): one ratio per sample, and the bound of the model's own samples beside it,
+    which holds it tight."""
+    new, old = bound(process, model, view, A)
+    objective = sepo.surrogate(new - old, A, 0.2)[0]
+    return -(chance * (objective + 0.05 * new)).sum()
 
 
 @dataclass
@@ -266,6 +289,7 @@ class Estimator:
     loss: Callable
     passes: Callable                    # L -> states per sample and update
     on_path: bool = False               # does it look at the path, or at the sample alone?
+    is_tilted: bool = False             # in the curves A is R / beta, beside the KL
 
 
 # -----------------------------------------------------------------------------
@@ -356,7 +380,7 @@ def expected_gradient(process, entries, policy, L, reward, estimator):
     deviation of the gradient of one sample with one draw)."""
     view, sample, chance = every_row(process, policy, L, estimator)
     R = reward[sample]
-    A = R - (chance * R).sum()
+    A = R - (chance * R).sum() / chance.sum()           # empty draws have no row
     index = entries.index(view)
     leaf = entries.logp[index].requires_grad_()
     loss = estimator.loss(entries.logp_of(leaf), None, view, A[None], chance[None])
@@ -378,22 +402,22 @@ ESTIMATORS = {
                                            lambda L: L, True),
     "sepo, all events of a new path (replay)": Estimator(new_order, token_loss, lambda L: L),
     "AGRPO, 2 states": Estimator(some_events(2), token_loss, lambda L: 2, True),
-    "TraceRL": Estimator(merged(1, True), token_loss, lambda L: L, True),
-    "TraceRL, 2 merged": Estimator(merged(2, True), token_loss, lambda L: (L + 1) // 2, True),
-    "d2, 2 merged": Estimator(merged(2, False), token_loss, lambda L: (L + 1) // 2, True),
-    "JustGRPO": Estimator(left_to_right, token_loss, lambda L: L),
+    "TraceRL": Estimator(merged(1), token_loss, lambda L: L, True),
+    "TraceRL, 2 merged": Estimator(merged(2), token_loss, lambda L: (L + 1) // 2, True),
+    "d2, 2 merged": Estimator(step_merge(2), token_loss, lambda L: (L + 1) // 2, True),
+    "JustGRPO": Estimator(left_to_right, weighted_loss(as_they_are), lambda L: L),
     "diffu-GRPO": Estimator(all_masked, token_loss, lambda L: 1),
     "coupled-GRPO": Estimator(coupled, mixed_loss, lambda L: 3),
     "UniGRPO": Estimator(random_mask, token_loss, lambda L: 1),
     "noised (ELBO)": Estimator(noised, token_loss, lambda L: 1),
-    "noised with consistency (DiPOD)": Estimator(noised, consistent_loss, lambda L: 1),
+    "DiPOD": Estimator(noised_below, consistent_loss, lambda L: 1),
     "terminal (pseudo-likelihood)": Estimator(terminal, token_loss, lambda L: 1),
-    "ESPO": Estimator(complements, sequence_loss(True), lambda L: 2),
-    "GDPO": Estimator(quadrature, sequence_loss(False), lambda L: 2),
+    "ESPO": Estimator(complements, sequence_loss, lambda L: 2),
+    "GDPO": Estimator(quadrature, sequence_loss, lambda L: 2),
     "SPG": Estimator(two_masks, sandwich_loss, lambda L: 2),
-    "wd1": Estimator(all_masked, SOFTMAX[0], lambda L: 1),
-    "DMPO": Estimator(mask_and_rest, SOFTMAX[0], lambda L: 2),
-    "WDCE (TR2-D2, MDNS)": Estimator(noised, SOFTMAX[1], lambda L: 1),
+    "wd1": Estimator(all_masked, weighted_loss(pull_and_push), lambda L: 1),
+    "DMPO": Estimator(mask_and_rest, weighted_loss(pull_and_push), lambda L: 2, is_tilted=True),
+    "WDCE (TR2-D2, MDNS)": Estimator(noised, weighted_loss(tilted), lambda L: 1, is_tilted=True),
 }
 
 
@@ -561,10 +585,10 @@ def figure(points):
 # -----------------------------------------------------------------------------
 # what each of them learns
 
-# per task: rollouts, prompts, samples per prompt, rollouts between evaluations; and the same two
-# tries for each estimator: updates per rollout, learning rate
+# per task: rollouts, prompts, samples per prompt, rollouts between evaluations; and the same tries
+# for each estimator: updates per rollout, learning rate
 TASK = {"toy": (40, 1, 64, 8, [(4, 1e-3), (8, 2e-3)]),
-        "arithmetic": (20, 64, 4, 4, [(4, 3e-4), (4, 6e-4)])}
+        "arithmetic": (20, 64, 4, 4, [(4, 6e-4)])}
 BETA = 0.1
 
 
@@ -611,12 +635,12 @@ def learn(task, process, start, estimator, score, updates, lr, seed):
         if task.given:
             prompt = task.prompts(data[torch.randint(len(data), (P,))]).repeat_interleave(G, dim=0)
         path = process.sample(model, P * G, task.length, prompt=prompt)
-        returns = task.reward(path.tokens) - BETA * process.path_kl(start, path)
-        A = sepo.advantages(returns.view(P, G), "loo")
-        if estimator.loss in SOFTMAX:                   # of their temperature
-            A = A / BETA
+        reward, kl = ask(task, path.tokens).view(P, G), process.path_kl(start, path).view(P, G)
+        A, more = sepo.advantages(reward - BETA * kl, "loo"), {}
+        if estimator.is_tilted:
+            A, more = (reward / BETA).float(), dict(kl=kl)
         for view in [random_view(process, model, path, estimator) for _ in range(updates)]:
-            estimator.loss(process, model, view, A, chance).backward()
+            estimator.loss(process, model, view, A, chance, **more).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.param_groups[0]["lr"] = lr * (1 - i / rollouts)
             optimizer.step()
@@ -633,13 +657,13 @@ def score_of(task, process, start, seed):
         exact = sepo.ground_truth(process, start, task.reward, task.length, BETA)
         return lambda model: exact(model)["share_of_optimum"]
     prompts = task.prompts(task.held_out(256, seed))
-    return lambda model: task.reward(
-        process.sample(model, len(prompts), task.length, prompt=prompts).tokens).mean().item()
+    return lambda model: ask(task, process.sample(
+        model, len(prompts), task.length, prompt=prompts).tokens).mean().item()
 
 
 def curves(name, seeds, out):
-    """Each estimator at both settings, from the pre-trained models of tests/compare.py: the scores
-    at the end as a table, and the curves of the better setting as a figure."""
+    """Each estimator at all settings, from the pre-trained models of tests/compare.py: the scores
+    at the end as a table, and the curves of the best setting as a figure."""
     torch.set_num_threads(1)
     task, process, settings = TASKS[name](), Absorbing(TASKS[name]().vocab_size), TASK[name][-1]
     found = {estimator: [[] for _ in settings] for estimator in ESTIMATORS}
@@ -653,7 +677,8 @@ def curves(name, seeds, out):
                 run.append(points)
                 print(seed, estimator, setting, f"{points[-1][2]:.3f}", file=sys.stderr, flush=True)
     heads = [f"{updates} updates, rate {lr:g}" for updates, lr in settings]
-    print("| estimator | passes per sample | " + " | ".join(heads) + " |\n" + "| --- " * 4 + "|")
+    print("| estimator | passes per sample | " + " | ".join(heads) + " |")
+    print("| --- " * (2 + len(heads)) + "|")
     for estimator, runs in found.items():
         cells = [", ".join(f"{points[-1][2]:.2f}" for points in run) for run in runs]
         passes = runs[0][0][0][1] // runs[0][0][0][0] // settings[0][0]
