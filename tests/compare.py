@@ -120,7 +120,8 @@ def run(out, name, seed, key):
 
 
 def span(values):
-    return f"{min(values):.3f} to {max(values):.3f}"
+    low, high = f"{min(values):.3f}", f"{max(values):.3f}"
+    return low if low == high else f"{low} to {high}"
 
 
 def table(runs, key, marks):
@@ -213,7 +214,8 @@ def median_and_range(values):
     known = [value for value in values if value is not None]
     if not known:
         return ""
-    return f"{statistics.median(known):.2f} ({min(known):.2f} to {max(known):.2f})"
+    low, middle, high = (f"{v:.2f}" for v in (min(known), statistics.median(known), max(known)))
+    return middle if low == high else f"{middle} ({low} to {high})"
 
 
 def reports_of(out, name, seeds):
