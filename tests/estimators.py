@@ -700,7 +700,7 @@ def draw_curves(name, found):
         for axis, x in zip(axes, (rewards, passes)):
             axis.plot(x, scores, color=color_of(estimator), lw=1, marker=".", ms=4)
             axis.annotate(f" {i}", (x[-1], scores[-1]), fontsize=8, annotation_clip=True)
-            axis.set_ylim(-0.3 if name == "toy" else 0, 1.02)
+            axis.set_ylim(-0.3 if name == "toy" else 0.4, 1.02)
     axes[0].set_xlabel("rewards asked")
     axes[1].set_xlabel("passes with gradient")
     axes[1].set_xscale("log")
