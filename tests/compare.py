@@ -169,7 +169,7 @@ def figure(runs, panels, file):
             axis.fill_between([statistics.median(v) for v in xs], [min(v) for v in ys],
                               [max(v) for v in ys], alpha=0.15, color=line.get_color())
         shown = "every seed" if x == "kl" else "median and range"
-        axis.set_xlabel(f"{LABELS[x]} ({len(seeds)} seeds: {shown})")
+        axis.set_xlabel(f"{LABELS[x]} (seeds: {len(seeds)}; {shown})")
         axis.set_ylabel(LABELS.get(y, y.replace("_", " ")))
         if y == "share_of_optimum":
             axis.set_ylim(0, 1.03)
