@@ -205,8 +205,6 @@ def finetune(args, task, process, model, reference, data, exact, paid, known):
     P, G = args.prompts // WORLD_SIZE, args.group
     saved = dict(model=model, optimizer=optimizer, baseline=baseline)
     first = restore(args, "finetune", saved)
-    loss_of = dict(loop=sepo.loop_loss, reinforce=sepo.loop_loss, published=sepo.published_loss,
-                   sepo=partial(sepo.sepo_loss, clip_mode=args.clip_mode)).get(args.algo)
     known = known[RANK::WORLD_SIZE]
     buffer = known + [paid.recall(task, i, G, P * G) for i in range(1, first + 1)]
     buffer = [Rollout(*(x.to(data.device) for x in vars(old).values())) for old in buffer]
@@ -246,14 +244,7 @@ def finetune(args, task, process, model, reference, data, exact, paid, known):
             # 4. take a few optimizer steps along these paths
             for parts in draw_updates(args, process, model, path, buffer):
                 for part in parts:
-                    if args.algo == "prdp":
-                        loss, clip_fraction = sepo.prdp_loss(
-                            process, model, part, reward, kl, args.beta, args.clip,
-                            args.micro_batch)
-                    elif args.algo == "wdce":
-                        loss, clip_fraction = sepo.wdce_loss(process, model, *part)
-                    else:
-                        loss, clip_fraction = loss_of(process, model, part, A, args.clip)
+                    loss, clip_fraction = loss_of(args, process, model, part, A, reward, kl)
                     loss.backward()
                     clipped.append(clip_fraction)
                 norms.append(step(model, optimizer, args.lr * decay(i, args.iters)))
@@ -266,6 +257,19 @@ def finetune(args, task, process, model, reference, data, exact, paid, known):
                         sample.evaluate(args, task, process, model, new.tokens, paid, i + 1))
         log(args, bar, phase="finetune", iter=i + 1, **metrics)
         end_iteration(args, task, "finetune", i, args.iters, saved)
+
+
+def loss_of(args, process, model, part, A, reward, kl):
+    """The method's loss of one micro-batch, with advantages A [P * G] -> (loss, clip_fraction)."""
+    if args.algo == "prdp":
+        return sepo.prdp_loss(process, model, part, reward, kl, args.beta, args.clip,
+                              args.micro_batch)
+    if args.algo == "wdce":
+        return sepo.wdce_loss(process, model, *part)
+    if args.algo == "sepo":
+        return sepo.sepo_loss(process, model, part, A, args.clip, args.clip_mode)
+    loss = sepo.published_loss if args.algo == "published" else sepo.loop_loss
+    return loss(process, model, part, A, args.clip)
 
 
 def summary(new, paid, clip_fraction, grad_norm):
