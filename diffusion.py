@@ -1,17 +1,15 @@
 """Continuous-time Markov chains on tokens: corruption, training loss, concrete score, sampling.
 
-Shapes: B sequences of L slots (a slot is a position of the sequence), V clean tokens; token V is
-the mask M. Time t runs from 0 (data) to 1 (noise) and is the noise level: a slot is still clean at
-time t with probability alpha = 1 - t.
+Shapes: B sequences of L positions, V clean tokens; token V is the mask M. Time t runs from 0 (data)
+to 1 (noise) and is the noise level: a position is still clean with probability alpha = 1 - t.
 A model is any callable (x, t) -> logits [B, L, V] of log p_theta(x0_i = v | x_t).
 
-Reading order: what both chains share; the absorbing chain (masks); the uniform chain (random
-letters); what a sampled path remembers; exact distributions of small spaces.
+Reading order: the path of a sampler, as a table of transitions; what both chains share; the
+absorbing chain (masks); the uniform chain (random letters); exact distributions of small spaces.
+The two chains define the same methods in the same order.
 """
 import math
-from dataclasses import dataclass
-from functools import cached_property
-from itertools import pairwise
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn.functional as F
@@ -19,15 +17,6 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 LOG_ZERO = -1e30    # logits of -inf become finite, so that a weight of 0 times them is 0, not NaN
-
-
-def logits_at(model, x, t, slots=None):
-    """The model's logits at slots [n, k] alone -> [n, k, V], or at every slot (None) -> [n, L, V];
-    a Denoiser skips the other slots. Another model may give -inf: here that becomes finite."""
-    if hasattr(model, "logits_at"):
-        return model.logits_at(x, t, slots)
-    logits = model(x, t).float().clamp(min=LOG_ZERO)
-    return logits if slots is None else logits.take_along_dim(slots[..., None], dim=1)
 
 
 def device_of(model):
@@ -41,10 +30,13 @@ def pick(log_p, y):
     return log_p.gather(-1, y[..., None]).squeeze(-1)
 
 
-def gumbel_argmax(logits, generator=None):
-    """Tokens from softmax(logits) [..., V] -> [...]: the argmax after adding Gumbel noise."""
-    noise = -torch.empty_like(logits).exponential_(generator=generator).log()
-    return (logits + noise).argmax(dim=-1)
+def gumbel_argmax(logits):
+    """Tokens from softmax(logits) [..., V] -> [...]: the argmax after adding Gumbel noise.
+
+    The noise is float64: float32 exponentials end at 2^-24 on a GPU, so that among many letters the
+    unlikely ones would never be drawn."""
+    exponential = torch.empty_like(logits, dtype=torch.double).exponential_()
+    return (logits - exponential.log()).argmax(dim=-1)
 
 
 def stratified(n, device=None):
@@ -53,23 +45,97 @@ def stratified(n, device=None):
     u = torch.rand(n, device=device, dtype=torch.double)
     return (torch.randperm(n, device=device) + u) / n
 
+
+def none_given(x):
+    return torch.zeros_like(x, dtype=torch.bool)
+
+# -----------------------------------------------------------------------------
+# the path of a sampler
+
+@dataclass
+class Path:
+    """n transitions of B sequences: the steps of the reverse process in which something was drawn.
+
+    The transitions of one sequence are in the order of the reverse process. x takes n L integers:
+    41 MB for 128 sequences of 200 masks."""
+    row: Tensor                         # [n]     which sequence
+    x: Tensor                           # [n, L]  the state before
+    t: Tensor                           # [n]     its time
+    s: Tensor                           # [n]     the time after
+    positions: Tensor                   # [n, k]  where tokens were drawn
+    y: Tensor                           # [n, k]  the tokens drawn
+    scored: Tensor                      # [n, k]  False: padding, or given
+    logp: Tensor | None                 # [n, k]  their log-probability when drawn, nats; None: not
+                                        #         known; 0 where not scored
+    weight: Tensor                      # [n]     sum(weight * f) is the mean over sequences of the
+                                        #         sum of f over their transitions
+    batch: int                          # B
+
+    def __len__(self):
+        return len(self.row)
+
+    def __getitem__(self, index):
+        """Some transitions, their weights as they are; index: a slice or a tensor [m] or [n]."""
+        values = (getattr(self, field.name) for field in fields(self))
+        return Path(*(v[index] if isinstance(v, Tensor) else v for v in values))
+
+    def subset(self, transitions):
+        """So many random transitions of each sequence (0: all); weights are scaled, so that
+        weighted sums stay unbiased."""
+        if not transitions or not len(self):
+            return self
+        count = self.row.bincount(minlength=self.batch)                                 # [B]
+        first = count.cumsum(dim=0) - count
+        cell = torch.arange(transitions, device=self.row.device)[:, None]
+        u = (cell + stratified(self.batch, self.row.device)) / transitions  # one per cell: [k, B]
+        nth = (first + (u * count).long()).flatten()
+        in_order = self.row.argsort(stable=True)
+        part = self[in_order[nth.clamp(max=len(self) - 1)]]
+        part.row = torch.arange(self.batch, device=self.row.device).repeat(transitions)
+        part.weight = count[part.row] / (transitions * self.batch)
+        part.scored = part.scored & (part.weight > 0)[:, None]      # without a transition: nothing
+        return part
+
+    def per_sequence(self, values):
+        """The sum of values [n, k] (or [n], one per transition) over each sequence -> [B]."""
+        if values.dim() == 2:
+            values = (values * self.scored).sum(dim=1)
+        return values.new_zeros(self.batch).index_add(0, self.row, values)
+
 # -----------------------------------------------------------------------------
 # what both chains share
 
 class Chain:
-    """A chain defines noise, losses, log_score, log_probs, denoise, path_to, jump_probs, kernel and
-    exact_law; everything else is here."""
+    """A chain defines noise, losses, log_score, log_probs, plan, path_to, jump_probs, start and
+    kernel; everything else is here."""
 
-    DEFAULT_STEPS = None                # of the time grid; None: no grid
+    default_steps = None
 
-    def __init__(self, vocab_size):
+    def __init__(self, vocab_size, steps=None, chunk=None):
         self.vocab_size = vocab_size
-        self.mask = vocab_size          # in a prompt, on both chains: a slot that is free
+        self.mask = vocab_size                      # in a prompt, on both chains: a free position
+        self.steps = steps or self.default_steps    # of the time grid per unit of time; None: none
+        self.chunk = chunk or 2048                  # states per forward pass of `logp`
 
-    def is_small(self, length, steps=None):
+    def is_small(self, length):
         """Can exact_law walk every partly masked sequence, in every step of the grid?"""
         states = (self.vocab_size + 1) ** length
-        return states <= 100_000 and states * (steps or self.DEFAULT_STEPS or 1) <= 1_000_000
+        return states <= 100_000 and states * (self.steps or 1) <= 1_000_000
+
+    def logits(self, model, x, t, positions=None):
+        """The model's logits at positions [n, k] -> [n, k, V], or at all (None) -> [n, L, V]; a
+        Denoiser computes no others. Another model may give -inf: here that becomes finite."""
+        picks = hasattr(model, "logits_at")
+        logits = model.logits_at(x, t, positions) if picks else model(x, t)
+        where = x if positions is None or not picks else positions
+        if logits.shape != (*where.shape, self.vocab_size):
+            raise ValueError(f"the model returned logits {tuple(logits.shape)} for tokens "
+                             f"{tuple(x.shape)}: it must return [B, L, {self.vocab_size}], without "
+                             "a logit for the mask")
+        if picks:
+            return logits
+        logits = logits.float().clamp(min=LOG_ZERO)
+        return logits if positions is None else logits.take_along_dim(positions[..., None], dim=1)
 
     def corrupt(self, x0, t):
         """x_t ~ q_t(. | x0): x0 [B, L], t [B] -> [B, L]."""
@@ -79,50 +145,58 @@ class Chain:
     def loss(self, model, x0, given=None):
         """Score entropy of the data x0 [B, L] -> scalar, in nats per sequence.
 
-        An estimate of a bound on -log p_theta(x0); with slots `given` [B, L], on minus the
-        log-probability of the other slots given these. (Uniform cuts its integral: see there.)"""
-        if given is None:
-            given = torch.zeros_like(x0, dtype=torch.bool)
-        return self.losses(model, x0, given).mean()
+        An estimate of a bound on -log p_theta(x0); with positions `given` [B, L], on minus the
+        log-probability of the others given these. (Uniform cuts its integral: see there.)"""
+        return self.losses(model, x0, none_given(x0) if given is None else given).mean()
 
-    def sample(self, model, batch, length, steps=None, prompt=None, generator=None):
-        """Draw sequences -> Path.
+    def sample(self, model, batch, length, prompt=None):
+        """Draw sequences -> tokens [batch, length], Path.
 
-        steps: of the time grid; 0 or None: DEFAULT_STEPS. The absorbing chain needs no grid, and
-        has no discretization error without. prompt: [L] or [batch, L], the mask where a slot is
-        free; the other slots are given."""
+        prompt: [length] or [batch, length], the mask where a position is free; the others are
+        given. The absorbing chain needs no time grid, and has no discretization error without."""
         if prompt is None:
-            prompt = torch.tensor(self.mask)
+            prompt = torch.full((length,), self.mask)
+        is_tokens = isinstance(prompt, Tensor) and prompt.dtype == torch.long
+        if not is_tokens or prompt.shape[-1:] != (length,) or not (
+                0 <= prompt.min() <= prompt.max() <= self.mask):
+            raise ValueError(f"a prompt is an int64 tensor of {length} tokens from 0 to {self.mask}"
+                             f", where {self.mask} is a free position")
         prompt = prompt.to(device_of(model)).expand(batch, length)
         given = prompt != self.mask
-        x = torch.where(given, prompt, self.noise(prompt, generator))
-        return self.denoise(model, x, given, 1.0, steps or self.DEFAULT_STEPS, generator)
-
-    def logp(self, model, view):
-        """Log-probability under `model` of the tokens that a View scores -> [n, k], nats."""
-        return pick(self.log_probs(model, view), view.y)
-
-    def replay(self, model, path, chunk=None):
-        """Log-probability under `model` of every transition of the path, shaped as path.logp, nats.
-
-        All visited states are known, so they are scored together, `chunk` states (default: B, but
-        at least 256) per forward pass. With gradients each pass is recomputed in the backward
-        pass, so that the memory of activations does not grow with the number of events."""
-        def score(view):
-            return self.logp(model, view) * view.scored                                 # [n, k]
-
-        total = path.zeros()
-        for view in path.views(chunk or max(256, len(path.tokens))):
-            logp = checkpoint(score, view, use_reentrant=False, preserve_rng_state=False)
-            total = total.index_put(path.place(view), logp, accumulate=True)
-        return total
+        x = torch.where(given, prompt, self.noise(prompt))
+        return self.reverse(model, x, *self.plan(x, given, 1.0))
 
     @torch.no_grad()
-    def path_kl(self, reference, path, chunk=None):
-        """log p(path)/p_ref(path) -> [B], nats: on average the KL of the paths that the policy
-        drew to those of the reference."""
-        log_ratio = path.logp - self.replay(reference, path, chunk)
-        return log_ratio.flatten(1).sum(dim=1)
+    def reverse(self, model, x, path, sizes):
+        """The reverse process from the state x [B, L], along a path that is planned but for what is
+        drawn, `sizes` of its transitions per pass -> tokens, Path."""
+        tokens, begin = x.clone(), 0
+        for size in sizes:
+            now = path[begin:begin + size]              # views: what is written stays in `path`
+            now.x.copy_(tokens[now.row])
+            log_p = self.log_probs(model, now)                                          # [m, k, V]
+            now.y.copy_(gumbel_argmax(log_p))
+            now.logp.copy_(pick(log_p, now.y) * now.scored)
+            before = now.x.gather(1, now.positions)
+            tokens[now.row[:, None], now.positions] = torch.where(now.scored, now.y, before)
+            begin += size
+        return tokens, path
+
+    def logp(self, model, path):
+        """Log-probability under `model` of all that a path drew -> [n, k], nats; 0 where nothing
+        is scored.
+
+        The states of a path are known, so they are scored together, `chunk` of them per forward
+        pass. If there is more than one pass, each is recomputed in the backward pass, so that the
+        memory of activations is that of one chunk."""
+        def score(part):
+            return pick(self.log_probs(model, part), part.y) * part.scored
+
+        if len(path) <= self.chunk:
+            return score(path)
+        parts = [path[i:i + self.chunk] for i in range(0, len(path), self.chunk)]
+        return torch.cat([checkpoint(score, part, use_reentrant=False, preserve_rng_state=False)
+                          for part in parts])
 
     @torch.no_grad()
     def correct(self, model, x, t, moves, given=None):
@@ -131,53 +205,66 @@ class Chain:
         The predictor-corrector of 2205.14987 and the gradient flow of SEPO (2502.01384). With a
         consistent model, one whose conditionals are those of one distribution, it leaves p_t
         invariant and brings any other distribution closer to it. Uniformized: a move picks one
-        slot per row, which jumps with probability rate / (bound of the rate), so that the
+        position per row, which jumps with probability rate / (bound of the rate), so that the
         invariant distribution has no step error."""
-        if given is None:
-            given = torch.zeros_like(x, dtype=torch.bool)
+        given = none_given(x) if given is None else given
         t = torch.full((len(x),), t, device=x.device)
         for _ in range(moves):
             u = torch.rand(x.shape, device=x.device)
-            slot = (u * ~given).argmax(dim=1, keepdim=True)                             # [B, 1]
-            p = self.jump_probs(model, x, t, slot)                                      # [B, W]
+            position = (u * ~given).argmax(dim=1, keepdim=True)                         # [B, 1]
+            p = self.jump_probs(model, x, t, position)                                  # [B, W]
             stay = (1 - p.sum(dim=1, keepdim=True)).clamp(min=0)
-            p = p.scatter(1, x.gather(1, slot), stay)
+            p = p.scatter(1, x.gather(1, position), stay)
             new = gumbel_argmax(p.log())[:, None]
-            x = torch.where(given, x, x.scatter(1, slot, new))  # a row may be given entirely
+            x = torch.where(given, x, x.scatter(1, position, new))  # a row may be given entirely
         return x
 
-    def correct_path(self, model, path, t, moves, steps=None):
-        """The samples of a path are noised again up to time t, corrected there and drawn anew
-        -> the path from t on. On the absorbing chain its slots without a mask count as given."""
-        steps = steps or self.DEFAULT_STEPS
-        if steps:
-            t = max(1, round(t * steps)) / steps
-        noised = self.corrupt(path.tokens, torch.full_like(path.tokens[:, 0], t, dtype=torch.float))
-        x = torch.where(path.given, path.tokens, noised)
-        x = self.correct(model, x, t, moves, path.given)
-        return self.denoise(model, x, path.given, t, steps)
+    def correct_path(self, model, tokens, given, t, moves):
+        """Samples [B, L] are noised again up to time t, corrected there and drawn anew -> tokens,
+        and the path from t on."""
+        if self.steps:
+            t = max(1, round(t * self.steps)) / self.steps
+        noised = self.corrupt(tokens, torch.full_like(tokens[:, 0], t, dtype=torch.float))
+        x = self.correct(model, torch.where(given, tokens, noised), t, moves, given)
+        return self.reverse(model, x, *self.plan(x, given, t))
+
+    def exact_law(self, model, length):
+        """Distribution of `sample` over all V**L sequences, in itertools.product order
+        -> float64 [V**L].
+
+        Differentiable. It walks all (partly masked) states, once, or N times with a grid. Without
+        one, the time of a state with m masks is the mean m / (L + 1), so that the result is exact
+        for models that do not read the time."""
+        if not self.is_small(length):
+            raise ValueError(f"{self.vocab_size} letters at {length} positions are too many "
+                             "sequences to enumerate")
+        states, mass = self.start(length, device_of(model))
+        push = push_through_grid if self.steps else push_without_grid
+        return push(self, model, states, mass)[(states < self.vocab_size).all(dim=1)]
 
 # -----------------------------------------------------------------------------
 # the absorbing chain
 
 class Absorbing(Chain):
-    """Masked diffusion: each slot turns into the mask, independently, at a random time (SEDD)."""
+    """Masked diffusion: each position turns into the mask, independently, at a random time (SEDD).
+    """
 
     # corruption and training loss
 
-    def noise(self, x, generator=None):
-        """What stands in the place of tokens x [B, L] at time 1: the mask."""
+    def noise(self, x):
+        """The state at time 1, shaped as tokens x [B, L]: masks."""
         return torch.full_like(x, self.mask)
 
     def mask_some(self, x0, given):
         """x_t ~ q(. | x0) at a random noise level -> x [B, L]; t [B]; masked [B, L]; n/m [B].
 
-        m [B] is uniform on 1..n of the n free slots, and m of them, drawn at random, are masked."""
-        time = self.reveal_times(given)
+        m [B] is uniform on 1..n of the n free positions, and m of them, at random, are masked."""
+        time = torch.rand(x0.shape, device=x0.device, dtype=torch.double)      # no grid: no ties
+        time = time.masked_fill(given, math.inf)
         n = (~given).sum(dim=1)                                                         # [B]
         m = 1 + (stratified(len(x0), x0.device) * n).long()
         t = time.sort(dim=1).values.gather(1, m[:, None] - 1)                           # [B, 1]
-        masked = (time <= t) & ~given                   # the m slots that are revealed last
+        masked = (time <= t) & ~given                   # the m positions that are revealed last
         x = torch.where(masked, self.mask, x0)
         return x, t[:, 0].clamp(max=1).float(), masked, n / m
 
@@ -185,150 +272,135 @@ class Absorbing(Chain):
         """Denoising score entropy of x0 [B, L] at one random number of masks -> [B], nats.
 
         On the absorbing chain it is MDLM's weighted cross-entropy (2406.07524), here in any-order
-        form (ARDM, 2110.02037): the mean over m of n/m times the masked slots' cross-entropy."""
+        form (ARDM, 2110.02037): the mean over m of n/m times the masked positions' cross-entropy.
+        """
         x, t, masked, weight = self.mask_some(x0, given)
-        logp = pick(logits_at(model, x, t).log_softmax(dim=-1), x0)                     # [B, L]
+        logp = pick(self.logits(model, x, t).log_softmax(dim=-1), x0)                   # [B, L]
         return -weight * (masked * logp).sum(dim=1)
 
     # concrete score
 
     def log_score(self, model, x, t):
-        """log s(x, t)_{i,v} = log p_t(x with slot i set to v) - log p_t(x) -> [B, L, V].
+        """log s(x, t)_{i,v} = log p_t(x with position i set to v) - log p_t(x) -> [B, L, V].
 
-        At a masked slot, s = p_theta(v | x) alpha / (1 - alpha) (RADD, 2406.03736). A revealed
-        slot cannot change: 0 at its own token, -inf elsewhere."""
-        masked = model(x, t).log_softmax(dim=-1) + ((1 - t) / t).log()[:, None, None]
+        At a mask, s = p_theta(v | x) alpha / (1 - alpha) (RADD, 2406.03736). A revealed position
+        cannot change: 0 at its own token, -inf elsewhere."""
+        odds = (1 - t) / t
+        masked = self.logits(model, x, t).log_softmax(dim=-1) + odds.log()[:, None, None]
         revealed = F.one_hot(x, self.vocab_size + 1)[..., :-1].log()
         return torch.where((x == self.mask)[..., None], masked, revealed)
 
-    def log_probs(self, model, view):
-        """log w = log_softmax_v(log s(x)_{i,v}) at the slots of a View -> [n, k, V].
+    def log_probs(self, model, path):
+        """log w = log_softmax_v(log s(x)_{i,v}) at the positions of a path -> [n, k, V].
 
         alpha / (1 - alpha) cancels: w is what the sampler draws the token from."""
-        return logits_at(model, view.x, view.t, view.slots).log_softmax(dim=-1)
+        return self.logits(model, path.x, path.t, path.positions).log_softmax(dim=-1)
 
     # sampling
 
-    def reveal_times(self, given, steps=None, start=1.0, generator=None):
-        """The time at which each slot is revealed, from `start` down -> float64 [B, L]; inf where
-        given. In float32 some rows would reveal two slots at once.
+    def reveal_times(self, free, start=1.0):
+        """The time at which each free position is revealed, from `start` down -> float64 [B, L];
+        inf where not free. In float32 some rows would reveal two positions at once.
 
         It does not depend on any token, so all times are drawn before the first forward pass.
         On a grid of N steps, the step from t to t - 1/N reveals at its start t."""
-        u = torch.rand(given.shape, generator=generator, device=given.device, dtype=torch.double)
-        time = start * u
-        if steps:
-            time = (time * steps).ceil().clamp(min=1) / steps
-        return time.masked_fill(given, math.inf)
+        time = start * torch.rand(free.shape, device=free.device, dtype=torch.double)
+        if self.steps:
+            time = (time * self.steps).ceil().clamp(min=1) / self.steps
+        return time.masked_fill(~free, math.inf)
 
-    def denoise(self, model, x, given, t, steps, generator=None):
-        """The reverse process from the state x [B, L] at time t -> MaskPath. Without a mask, a slot
-        is as good as given."""
-        is_known = given | (x != self.mask)
-        return self.reveal(model, x, self.reveal_times(is_known, steps, t, generator), generator)
-
-    @torch.no_grad()
-    def reveal(self, model, x, time, generator=None):
-        """Fill in the masked slots of x [B, L], each row in the order of its own times -> MaskPath.
+    def plan(self, x, given, t):
+        """The reverse process from the state x [B, L] at time t, but for its tokens -> Path, and
+        how many transitions there are per pass.
 
         The samples have the distribution of ancestral sampling (MDLM, 2406.07524) on N steps:
 
             for k in range(N, 0, -1):
                 p = model(x, k / N).softmax(dim=-1)                     # [B, L, V]
-                y = torch.multinomial(p.flatten(0, 1), 1).view_as(x)    # a token for every slot
-                now = torch.rand(x.shape) < 1 / k                       # is the slot revealed?
+                y = torch.multinomial(p.flatten(0, 1), 1).view_as(x)    # a token for every position
+                now = torch.rand(x.shape) < 1 / k                       # is it revealed?
                 x = torch.where((x == mask) & now, y, x)
 
         Most of these steps reveal nothing in most rows. Here each row goes from one of its own
-        events to the next (2409.02908): pass j reveals the j-th group of slots in every row that
-        still has one. Rows that are done leave the batch, and only the slots that are revealed
+        transitions to the next (2409.02908): pass j makes the j-th transition of every row that
+        still has one. Rows that are done leave the batch, and only the positions that are revealed
         reach the output head."""
-        path = MaskPath(x.clone(), time, torch.zeros_like(time, dtype=torch.float), self.mask)
-        n_rows = path.visits[1].bincount().tolist()   # with a first event, with a second, ...
-        for view in path.views(n_rows):                 # each sees what was revealed before it
-            logits = logits_at(model, view.x, view.t, view.slots)                       # [n, k, V]
-            y = gumbel_argmax(logits, generator)                                        # [n, k]
-            logp = pick(logits.log_softmax(dim=-1), y)
-            place = path.place(view)
-            path.tokens[place] = torch.where(view.scored, y, view.y)
-            path.logp[place] = torch.where(view.scored, logp, view.logp_old)
-        return path
+        return self.transitions(x, self.reveal_times(x == self.mask, t))
 
-    def path_to(self, tokens, given=None, steps=None):
-        """A path of the forward process from tokens [B, L], read backwards -> MaskPath without
-        logp. Its reveal times are new, and `given` [B, L] slots are never masked."""
-        if given is None:
-            given = torch.zeros_like(tokens, dtype=torch.bool)
-        return MaskPath(tokens, self.reveal_times(given, steps), None, self.mask)
+    def transitions(self, tokens, time):
+        """What is revealed when, by reveal times [B, L] -> Path, and how many transitions are the
+        first of their sequence, the second, ... (it is in this order)."""
+        ordered, at = time.sort(dim=1, descending=True)
+        is_new = ordered < F.pad(ordered[:, :-1], (1, 0), value=math.inf)   # inf, given: never
+        turn = (is_new.cumsum(dim=1) - 1).short()       # equal times share one
+        row, column = is_new.nonzero(as_tuple=True)
+        first = turn[row, column].argsort(stable=True)
+        row, column = row[first], column[first]
+        t, now = ordered[row, column], turn[row, column][:, None]                       # [n, 1]
+        turns = torch.empty_like(turn).scatter(1, at, turn)[row]                       # [n, L]
+        k = F.pad((turns == now).sum(dim=1), (0, 1), value=1).max().item()  # the most, or 1
+        scored, positions = (turns == now).byte().topk(k, dim=1)                        # [n, k]
+        x = tokens[row].masked_fill_(turns >= now, self.mask)
+        s = t - 1 / self.steps if self.steps else t     # without a grid a reveal takes no time
+        y = tokens[row[:, None], positions]
+        weight = torch.full_like(t, 1 / len(time), dtype=torch.float)
+        path = Path(row, x, t.clamp(max=1).float(), s.float(), positions, y, scored > 0,
+                    torch.zeros_like(y, dtype=torch.float), weight, len(time))
+        return path, now.flatten().bincount().tolist()
 
-    def jump_probs(self, model, x, t, slot):
-        """Probability of each token [B, V+1] for slot [B, 1] in a corrector move; 0 at its own.
+    def path_to(self, tokens, given=None):
+        """A path of the forward process from tokens [B, L], read backwards -> Path without logp.
+        Its reveal times are new; positions `given` [B, L] are never masked."""
+        given = none_given(tokens) if given is None else given
+        path, _ = self.transitions(tokens, self.reveal_times(~given))
+        return replace(path, logp=None)
+
+    # corrector
+
+    def jump_probs(self, model, x, t, position):
+        """Probability of each token [B, V+1] for a position [B, 1] in a corrector move; 0 at its
+        own.
 
         Rates: 1 to the mask, p(v | x) odds from it; divided by their sum 1 + odds. The larger of
-        both would do as a bound, but where they are equal every slot would jump in every move."""
+        both would do as a bound, but where they are equal every position would always jump."""
         odds = ((1 - t) / t)[:, None]                                                   # [B, 1]
-        p = logits_at(model, x, t, slot).squeeze(1).softmax(dim=-1)                     # [B, V]
-        is_masked = x.gather(1, slot) == self.mask
+        p = self.logits(model, x, t, position).squeeze(1).softmax(dim=-1)               # [B, V]
+        is_masked = x.gather(1, position) == self.mask
         rate = torch.cat((torch.where(is_masked, p * odds, 0), ~is_masked), dim=1)
         return rate / (1 + odds)
 
     # exact distribution
 
-    def exact_law(self, model, length, steps=None):
-        """Distribution of `sample` over all V**L sequences, in itertools.product order
-        -> float64 [V**L].
-
-        Differentiable. It walks all (V+1)**L partly masked states; with a grid, N times. Without
-        one, the time of a state with m masks is the mean m / (L + 1), so that the result is exact
-        for models that do not read the time."""
-        states = every_sequence(self.vocab_size + 1, length, device_of(model))          # [S, L]
-        mass = (states == self.mask).all(dim=1).double()
-        if steps:
-            mass = push_through_grid(self, model, mass, states, steps)
-        else:
-            mass = self.push_without_grid(model, mass, states)
-        return mass[(states < self.mask).all(dim=1)]
-
-    def push_without_grid(self, model, mass, states):
-        """Reveal one slot at a time, every masked slot being equally likely to be the next."""
-        V, L = self.vocab_size, states.size(1)
-        power = (V + 1) ** torch.arange(L - 1, -1, -1, device=mass.device)  # of a state's number
-        change = torch.arange(V, device=mass.device) - V                    # mask -> token v
-        s, i = (states == V).nonzero(as_tuple=True)             # every masked slot of every state
-        target = s[:, None] + change * power[i, None]                                   # [n, V]
-        masked, row = s.unique(return_inverse=True)             # the states with a mask
-        t = (states[masked] == V).sum(dim=1) / (L + 1)
-        p = logits_at(model, states[masked], t)[row, i].double().softmax(dim=-1)        # [n, V]
-        for m in range(L, 0, -1):                       # all mass is on states of m masks
-            flow = mass[s, None] * p / m
-            mass = torch.zeros_like(mass).index_add(0, target.flatten(), flow.flatten())
-        return mass
+    def start(self, length, device):
+        """All partly masked states [S, L], and their mass at time 1, float64 [S]."""
+        states = every_sequence(self.vocab_size + 1, length, device)
+        return states, (states == self.mask).all(dim=1).double()
 
     def kernel(self, model, x, t, s):
-        """Distribution of each slot after a step from t [B] to s [B] -> [B, L, V+1]; float64."""
-        chance = ((t - s) / t)[:, None]                 # that a masked slot is revealed
+        """Distribution of each position after a step from t [B] to s [B] -> float64 [B, L, V+1]."""
+        chance = ((t - s) / t)[:, None]                 # that a mask is revealed
         move = (chance * (x == self.mask))[..., None]                                   # [B, L, 1]
-        p = F.pad(logits_at(model, x, t.float()).double().softmax(dim=-1), (0, 1))
+        p = F.pad(self.logits(model, x, t.float()).double().softmax(dim=-1), (0, 1))
         return torch.lerp(F.one_hot(x, self.vocab_size + 1).double(), p, move)
 
 # -----------------------------------------------------------------------------
 # the uniform chain
 
 class Uniform(Chain):
-    """Each slot is redrawn from all V letters, independently, at a random time:
+    """Each position is redrawn from all V letters, independently, at a random time:
     q_t(v | x0) = alpha [v = x0] + (1 - alpha) / V.
 
-    Any slot may change at any time, so sampling needs a grid. The model must read the time: a
+    Any position may change at any time, so sampling needs a grid. The model must read the time: a
     corrupted letter looks like a clean one."""
 
-    DEFAULT_STEPS = 16
+    default_steps = 16
     CUT = 1e-6                          # the training loss integrates over noise levels above it
 
     # corruption and training loss
 
-    def noise(self, x, generator=None):
-        """What stands in the place of tokens x [B, L] at time 1: random letters."""
-        return torch.randint(self.vocab_size, x.shape, generator=generator, device=x.device)
+    def noise(self, x):
+        """The state at time 1, shaped as tokens x [B, L]: random letters."""
+        return torch.randint(self.vocab_size, x.shape, device=x.device)
 
     def transition(self, x, keep):
         """Distribution of tokens x [B, k] kept with chance keep [B], else redrawn -> [B, k, V]."""
@@ -356,218 +428,86 @@ class Uniform(Chain):
 
     # concrete score
 
-    def log_ratio(self, logits, x, t, s):
-        """log sum_{x0} p(x0 | x_t) q_s(v | x0) / q_t(x | x0) -> [n, k, V]; x [n, k], t, s [n]."""
+    def log_mean_ratio(self, logits, x, t, s):
+        """log E_{x0 ~ p(. | x_t)}[q_s(v | x0) / q_t(x | x0)] -> [n, k, V]; x [n, k], t, s [n].
+
+        `transition(x, 1 - t)` is q_t(. | x), and q_t is symmetric, q_t(x0 | x) = q_t(x | x0): so it
+        holds the denominator for every x0. What q_s(v | x0) keeps of x0 needs no sum over x0; what
+        it redraws has the same sum for every v."""
         log_p = logits.log_softmax(dim=-1) - self.transition(x, 1 - t).log()
         s = s[:, None, None]
         redrawn = log_p.logsumexp(dim=-1, keepdim=True) + (s / self.vocab_size).log()
         return torch.logaddexp(redrawn, log_p + (1 - s).log())
 
     def log_score(self, model, x, t):
-        """log s(x, t)_{i,v} = log p_t(x with slot i set to v) - log p_t(x) -> [B, L, V]; t > 0."""
-        return self.log_ratio(logits_at(model, x, t), x, t, t)
+        """log s(x, t)_{i,v} = log p_t(x with position i set to v) - log p_t(x) -> [B, L, V]; t > 0.
+        """
+        return self.log_mean_ratio(self.logits(model, x, t), x, t, t)
 
     def log_kernel(self, logits, x, t, s):
         """log p(x_s = v | x_t = x) -> [B, L, V], by Bayes' rule (D3PM, 2107.03006)."""
         step = self.transition(x, (1 - t) / (1 - s))
-        return self.log_ratio(logits, x, t, s) + step.log()
+        return self.log_mean_ratio(logits, x, t, s) + step.log()
 
-    def log_probs(self, model, view):
-        """log w at every slot of a View, the sampler's kernel from t to s -> [n, L, V]."""
-        return self.log_kernel(logits_at(model, view.x, view.t), view.x, view.t, view.s)
+    def log_probs(self, model, path):
+        """log w at every position of a path's states, the sampler's kernel from t to s
+        -> [n, L, V]."""
+        return self.log_kernel(self.logits(model, path.x, path.t), path.x, path.t, path.s)
 
     # sampling
 
-    @torch.no_grad()
-    def denoise(self, model, x, given, t, steps, generator=None):
-        """The reverse process from the state x [B, L] at time t, on a grid of N = steps per unit of
-        time -> GridPath. Given slots stay."""
-        time = torch.arange(round(t * steps), -1, -1, device=x.device) / steps
-        states, logps = [x], []
-        for t, s in pairwise(time):                     # a step of the grid, from t to s
-            t, s = t.expand(len(x)), s.expand(len(x))
-            log_w = self.log_kernel(logits_at(model, x, t), x, t, s)                    # [B, L, V]
-            x = torch.where(given, x, gumbel_argmax(log_w, generator))
-            states.append(x)
-            logps.append(pick(log_w, x).masked_fill(given, 0))
-        return GridPath(torch.stack(states), time, torch.stack(logps, dim=1), given)
+    def plan(self, x, given, t):
+        """The reverse process from the state x [B, L] at time t, but for its tokens -> Path, and
+        how many transitions there are per pass: every position moves in every step of the grid."""
+        N, (B, L) = round(t * self.steps), x.shape
+        row = torch.arange(B, device=x.device).repeat(N)
+        step = torch.arange(N, 0, -1, device=x.device).repeat_interleave(B)
+        positions = torch.arange(L, device=x.device).expand(N * B, L)
+        states = x.repeat(N, 1)                                                         # [N B, L]
+        logp = torch.zeros_like(states, dtype=torch.float)
+        weight = torch.full_like(row, 1 / B, dtype=torch.float)
+        t, s = step / self.steps, (step - 1) / self.steps
+        path = Path(row, states, t, s, positions, states.clone(), ~given[row], logp, weight, B)
+        return path, [B] * N
 
-    def path_to(self, tokens, given=None, steps=None):
-        """A path of the forward process from tokens [B, L], read backwards -> GridPath without
-        logp. `given` [B, L] slots never change."""
-        if given is None:
-            given = torch.zeros_like(tokens, dtype=torch.bool)
-        steps = steps or self.DEFAULT_STEPS
-        time = torch.arange(steps, -1, -1, device=tokens.device) / steps
+    def path_to(self, tokens, given=None):
+        """A path of the forward process from tokens [B, L], read backwards -> Path without logp.
+        Positions `given` [B, L] never change."""
+        given = none_given(tokens) if given is None else given
         states = [tokens]
-        for s, t in pairwise(time.flip(0)):             # from s up to t
-            is_kept = torch.rand(tokens.shape, device=tokens.device) < (1 - t) / (1 - s)
+        for k in range(self.steps):                     # from s = k / N up to t = (k + 1) / N
+            chance = 1 - 1 / (self.steps - k)           # (1 - t) / (1 - s)
+            is_kept = torch.rand(tokens.shape, device=tokens.device) < chance
             states.append(torch.where(is_kept | given, states[-1], self.noise(tokens)))
-        return GridPath(torch.stack(states[::-1]), time, None, given)
+        path, _ = self.plan(tokens, given, 1.0)
+        return replace(path, x=torch.cat(states[:0:-1]), y=torch.cat(states[-2::-1]), logp=None)
 
-    def jump_probs(self, model, x, t, slot):
-        """Probability of each letter [B, V] for slot [B, 1] in a corrector move; 0 at its own.
+    # corrector
+
+    def jump_probs(self, model, x, t, position):
+        """Probability of each letter [B, V] for a position [B, 1] in a corrector move; 0 at its
+        own.
 
         Rates: 1/V forward plus s_v/V back, divided by a bound of their sum."""
-        token = x.gather(1, slot)
-        score = self.log_ratio(logits_at(model, x, t, slot), token, t, t).squeeze(1).exp()
+        token = x.gather(1, position)
+        logits = self.logits(model, x, t, position)
+        score = self.log_mean_ratio(logits, token, t, t).squeeze(1).exp()
         bound = 1 + 1 / t[:, None]
         return ((1 + score) / self.vocab_size / bound).scatter(1, token, 0)
 
     # exact distribution
 
-    def exact_law(self, model, length, steps=None):
-        """Distribution of `sample` over all V**L sequences, in itertools.product order
-        -> float64 [V**L]. Differentiable. It costs N passes over all sequences."""
-        states = every_sequence(self.vocab_size, length, device_of(model))
-        mass = torch.full_like(states[:, 0], 1 / len(states), dtype=torch.double)
-        return push_through_grid(self, model, mass, states, steps or self.DEFAULT_STEPS)
+    def start(self, length, device):
+        """All sequences [S, L], and their mass at time 1, float64 [S]."""
+        states = every_sequence(self.vocab_size, length, device)
+        return states, torch.full_like(states[:, 0], 1 / len(states), dtype=torch.double)
 
     def kernel(self, model, x, t, s):
-        """Distribution of each slot after a step from t [B] to s [B] -> [B, L, V]; float64."""
-        return self.log_kernel(logits_at(model, x, t.float()).double(), x, t, s).exp()
+        """Distribution of each position after a step from t [B] to s [B] -> float64 [B, L, V]."""
+        return self.log_kernel(self.logits(model, x, t.float()).double(), x, t, s).exp()
 
 
 CHAINS = {"absorb": Absorbing, "uniform": Uniform}
-
-# -----------------------------------------------------------------------------
-# what a sampled path remembers
-
-@dataclass
-class View:
-    """n states of paths, and in each of them k slots whose tokens are scored."""
-    row: Tensor                         # [n]     the path that the state lies on
-    event: Tensor                       # [n]     which of its events comes next
-    x: Tensor                           # [n, L]  the state
-    t: Tensor                           # [n]     its time
-    s: Tensor | None                    # [n]     on a grid: the time after the step
-    slots: Tensor | None                # [n, k]  the scored slots; None: all, k = L
-    y: Tensor                           # [n, k]  the token that each of them took
-    scored: Tensor                      # [n, k]  False: padding, or a slot that is given
-    logp_old: Tensor | None             # [n, k]  log-probability of y under the old policy, nats
-    weight: Tensor | None = None        # [n]     sum(weight * f) estimates the mean over paths of
-                                        #         the sum of f over events; it carries the 1/B
-    share: Tensor | None = None         # [n]     1 / n, n that of the whole view
-
-    def split(self, size):
-        """Micro-batches of at most `size` states (0: no limit). Their losses add up."""
-        n = max(1, len(self.row))                       # paths without an event: one empty part
-        size = size or n
-        return [View(*(x if x is None else x[i:i + size] for x in vars(self).values()))
-                for i in range(0, n, size)]
-
-
-class Path:
-    """What the paths of both chains offer: B rows, and in row b n_events[b] events, each with a
-    state before it. A chain's own kind of path adds tokens, given, n_events, time, logp, view,
-    place, state, zeros and by_event."""
-
-    @cached_property
-    def visits(self):
-        """The row and the event of every visited state, [n] each, in the order in which a sampler
-        goes through them: all first events, then all second ones, ..."""
-        events = torch.arange(int(self.n_events.max()), device=self.n_events.device)
-        event, row = (events[:, None] < self.n_events).nonzero(as_tuple=True)
-        return row, event
-
-    def views(self, sizes):
-        """Views of all visited states, `sizes` states each: a number, or a list of them. Each is
-        made only when its turn comes."""
-        for row, event in zip(*(part.split(sizes) for part in self.visits)):
-            yield self.view(row, event)
-
-
-@dataclass
-class MaskPath(Path):
-    """Paths of the absorbing chain. A slot changes once, so [B, L] tensors suffice."""
-    tokens: Tensor                      # [B, L]  the final sample
-    time: Tensor                        # [B, L]  when each slot was revealed; inf where given
-    logp: Tensor | None                 # [B, L]  log-probability of each token when drawn, nats
-    mask: int
-
-    @property
-    def given(self):
-        """[B, L]: slots without a mask where the path starts, such as those of the prompt."""
-        return self.time.isinf()
-
-    @cached_property
-    def event(self):
-        """[B, L]: in which forward pass of its row a slot was revealed (0, 1, ...); -1 if given."""
-        time, order = self.time.sort(dim=1, descending=True)
-        before = F.pad(time[:, :-1], (1, 0), value=math.inf)
-        rank = (time < before).cumsum(dim=1) - 1        # equal times share one; inf, as given: -1
-        return rank.gather(1, order.argsort(dim=1))
-
-    @cached_property
-    def n_events(self):
-        return self.event.amax(dim=1) + 1                                               # [B]
-
-    @cached_property
-    def width(self):
-        """The largest number of slots that one event reveals, and at least 1."""
-        return max(1, int(self.by_event((~self.given).float()).max()))
-
-    def zeros(self):
-        return torch.zeros(self.time.shape, device=self.time.device)
-
-    def by_event(self, logp):
-        """Sum [B, L] over the slots of each event -> [B, L]."""
-        return torch.zeros_like(logp).scatter_add(1, self.event.clamp(min=0), logp)
-
-    def state(self, j):
-        """The state [B, L] before event j; after the last event, the sample."""
-        return torch.where(self.event >= j, self.mask, self.tokens)
-
-    def view(self, row, event):
-        """The states of rows [n] before their events [n], and the slots revealed there."""
-        index = self.event[row]                                                         # [n, L]
-        revealed, slots = (index == event[:, None]).float().topk(self.width, dim=1)     # [n, k]
-        x = torch.where(index >= event[:, None], self.mask, self.tokens[row])
-        place = row[:, None], slots
-        t = self.time[place][:, 0].clamp(max=1).float()
-        logp = None if self.logp is None else self.logp[place]
-        return View(row, event, x, t, None, slots, self.tokens[place], revealed > 0, logp)
-
-    def place(self, view):
-        """Where the tokens of a view stand in `tokens` and `logp`."""
-        return view.row[:, None], view.slots
-
-
-@dataclass
-class GridPath(Path):
-    """Paths on a grid of N steps, where any slot may move in any step: all states are kept."""
-    states: Tensor                      # [N+1, B, L]  from noise to sample
-    time: Tensor                        # [N+1]
-    logp: Tensor | None                 # [B, N, L] log-probability of each slot's move or stay
-    given: Tensor                       # [B, L]  the slots of the prompt
-
-    @property
-    def tokens(self):
-        return self.states[-1]
-
-    @property
-    def n_events(self):
-        return torch.full_like(self.tokens[:, 0], len(self.time) - 1)                   # [B]
-
-    def zeros(self):
-        B, L = self.given.shape
-        return torch.zeros(B, len(self.time) - 1, L, device=self.time.device)
-
-    def by_event(self, logp):
-        return logp.sum(dim=2)                                                          # [B, N]
-
-    def state(self, j):
-        return self.states[j]
-
-    def view(self, row, event):
-        """The states of rows [n] before steps [n]; every slot is scored."""
-        x, y = self.states[event, row], self.states[event + 1, row]
-        t, s = self.time[event], self.time[event + 1]
-        logp = None if self.logp is None else self.logp[row, event]
-        return View(row, event, x, t, s, None, y, ~self.given[row], logp)
-
-    def place(self, view):
-        return view.row, view.event
 
 # -----------------------------------------------------------------------------
 # exact distributions of small spaces
@@ -578,21 +518,39 @@ def every_sequence(W, length, device):
     return torch.cartesian_prod(*[letters] * length).view(-1, length)
 
 
-def push_through_grid(process, model, mass, states, steps):
+def push_without_grid(process, model, states, mass):
+    """Push the mass [(V+1)**L] of all partly masked states to the sequences without a mask: reveal
+    one position at a time, every mask being equally likely to be the next."""
+    V, L = process.vocab_size, states.size(1)
+    power = (V + 1) ** torch.arange(L - 1, -1, -1, device=mass.device)  # of a state's number
+    change = torch.arange(V, device=mass.device) - V                    # mask -> token v
+    s, i = (states == V).nonzero(as_tuple=True)             # every mask of every state
+    target = s[:, None] + change * power[i, None]                                   # [n, V]
+    masked, row = s.unique(return_inverse=True)             # the states with a mask
+    t = (states[masked] == V).sum(dim=1) / (L + 1)
+    p = process.logits(model, states[masked], t)[row, i].double().softmax(dim=-1)   # [n, V]
+    for m in range(L, 0, -1):                               # all mass is on states of m masks
+        flow = mass[s, None] * p / m
+        mass = torch.zeros_like(mass).index_add(0, target.flatten(), flow.flatten())
+    return mass
+
+
+def push_through_grid(process, model, states, mass):
     """Push the mass [W**L] of all states through the N steps of the grid -> [W**L]."""
-    for k in range(steps, 0, -1):
-        t, s = torch.full_like(mass, k / steps), torch.full_like(mass, (k - 1) / steps)
+    N = process.steps
+    for k in range(N, 0, -1):
+        t, s = torch.full_like(mass, k / N), torch.full_like(mass, (k - 1) / N)
         kernel = process.kernel(model, states, t, s)                                # [W**L, L, W]
-        # slots move independently, so the move of a whole sequence is the product of the moves of
-        # its halves, and the sum over all starting states is one matrix product
+        # positions move independently, so the move of a whole sequence is the product of the moves
+        # of its halves, and the sum over all starting states is one matrix product
         left, right = map(joint_distribution, kernel.tensor_split(2, dim=1))
         mass = torch.einsum("s,sa,sb->ab", mass, left, right).flatten()
     return mass
 
 
-def joint_distribution(slots):
-    """Distributions of l independent slots [S, l, W] -> their joint distribution [S, W**l]."""
-    joint = slots.new_ones(len(slots), 1)
-    for p in slots.unbind(dim=1):
+def joint_distribution(positions):
+    """Distributions of l independent positions [S, l, W] -> their joint distribution [S, W**l]."""
+    joint = positions.new_ones(len(positions), 1)
+    for p in positions.unbind(dim=1):
         joint = torch.einsum("sa,sb->sab", joint, p).flatten(1)
     return joint

@@ -1,9 +1,9 @@
 """The denoiser: a bidirectional transformer that reads noisy tokens and predicts clean ones.
 
-Shapes: B sequences of L slots (the positions of a sequence), V clean tokens, D channels, H heads.
-The input tokens are 0..V, where V is the mask. Any callable (x, t) -> logits [B, L, V] can stand in
-for a Denoiser; the method `logits_at`, which skips the slots that nobody reads, only makes it
-faster.
+Shapes: B sequences of L positions, V clean tokens, D channels, H heads. The input tokens are 0..V,
+where V is the mask. Any callable (x, t) -> logits [B, L, V] can stand in for a Denoiser; the method
+`logits_at`, which skips the positions that nobody reads, only makes it faster. train.py and
+sample.py get their network from `make_model`: for another one, change it there.
 """
 import math
 from dataclasses import dataclass
@@ -25,6 +25,16 @@ class Config:
     conv: int = 0                       # width of a convolution over the embeddings; 0: none
 
 
+SIZES = ("n_layer", "n_head", "n_embd", "conv")     # flags of a run that its weights depend on
+
+
+def make_model(flags, vocab_size, length):
+    """The network of a run of train.py, untrained: a function of the run's flags alone."""
+    sizes = {name: getattr(flags, name) for name in SIZES}
+    return Denoiser(Config(vocab_size, length, dropout=flags.dropout,
+                           time_conditioning=flags.process == "uniform", **sizes))
+
+
 class Block(nn.Module):
     """Attention and MLP, each after a norm and around a residual connection."""
 
@@ -44,13 +54,13 @@ class Block(nn.Module):
     def split_heads(self, h):
         return h.unflatten(-1, (self.n_head, -1)).transpose(1, 2)       # [B, H, L, D / H]
 
-    def forward(self, x, slots=None):
-        """x [B, L, D] -> [B, L, D], or [B, k, D] at slots [B, k] alone: all slots are attended to,
+    def forward(self, x, positions=None):
+        """x [B, L, D] -> [B, L, D], or [B, k, D] at positions [B, k] alone: all are attended to,
         but queries and the MLP are computed only where somebody reads the result."""
         h = self.norm1(x)
         key, value = self.key_value(h).chunk(2, dim=-1)
-        if slots is not None:
-            x, h = (a.take_along_dim(slots[..., None], dim=1) for a in (x, h))      # [B, k, D]
+        if positions is not None:
+            x, h = (a.take_along_dim(positions[..., None], dim=1) for a in (x, h))      # [B, k, D]
         query, key, value = map(self.split_heads, (self.query(h), key, value))
         dropout = self.drop.p if self.training else 0.0
         attended = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
@@ -59,7 +69,7 @@ class Block(nn.Module):
 
 
 class Denoiser(nn.Module):
-    """logits[b, i, v] = log p_theta(x0_i = v | x_t) up to a constant per slot.
+    """logits[b, i, v] = log p_theta(x0_i = v | x_t) up to a constant per position.
 
     n_embd: even, and a multiple of n_head. autocast: the dtype of the blocks' matrix products, such
     as torch.bfloat16; None: float32. Raises ValueError for a missing time."""
@@ -105,13 +115,13 @@ class Denoiser(nn.Module):
             h = h + self.conv(h.transpose(1, 2)).relu().transpose(1, 2)
         return h
 
-    def logits_at(self, x, t, slots):
-        """The logits at slots [B, k] alone -> float32 [B, k, V]; slots=None: at every slot."""
+    def logits_at(self, x, t, positions):
+        """The logits at positions [B, k] alone -> float32 [B, k, V]; None: at every position."""
         h = self.embed(x, t)
         with torch.autocast(x.device.type, self.autocast, self.autocast is not None):
             for block in self.blocks[:-1]:
                 h = block(h)
-            h = self.blocks[-1](h, slots)
+            h = self.blocks[-1](h, positions)
         return self.head(self.norm(h)).float()          # ratios of probabilities are taken of them
 
     def forward(self, x, t=None):

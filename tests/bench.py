@@ -1,11 +1,11 @@
 """What a draw and an update cost, as ratios within one run.
 
-    python tests/bench.py                   # sampling: the event loop against the plain loop
+    python tests/bench.py                   # sampling: row by row against the plain loop
     python tests/bench.py --update          # one update of SEPO against its published estimator
     python tests/bench.py --device=cuda     # larger models, bfloat16
 
-Sampling, per row: V letters, L slots, N steps, batch B, seconds (medians) and ratios. `plain`: the
-ancestral loop, 8 of its N equal steps timed. `cached`: a loop that keeps its prediction until a
+Sampling, per row: V letters, L positions, N steps, batch B, seconds (medians) and ratios. `plain`:
+the ancestral loop, 8 of its N equal steps timed. `cached`: a loop that keeps its prediction until a
 token of the batch changes, as MDLM does: the plain loop's step times the passes it needs.
 `network`: the network alone, on the shapes of our own passes.
 """
@@ -19,7 +19,7 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 import sepo  # noqa: E402
-from diffusion import Absorbing, gumbel_argmax, logits_at  # noqa: E402
+from diffusion import Absorbing, gumbel_argmax  # noqa: E402
 from model import Config, Denoiser  # noqa: E402
 
 SMALL, LARGE = dict(n_layer=4, n_head=4, n_embd=128), dict(n_layer=8, n_head=8, n_embd=512)
@@ -30,9 +30,9 @@ UPDATES = [(4, 6, 4), (4, 32, 4), (4, 64, 1)]
 
 
 @torch.no_grad()
-def ancestral(process, model, B, L, N, steps):
-    """The first `steps` of N ancestral steps, with a softmax and a draw at every slot."""
-    device = next(model.parameters()).device
+def ancestral(process, model, B, L, steps):
+    """The first `steps` of N ancestral steps, with a softmax and a draw at every position."""
+    N, device = process.steps, next(model.parameters()).device
     x = torch.full((B, L), process.mask, device=device)
     for k in range(N, N - steps, -1):
         p = model(x, torch.full((B,), k / N, device=device)).softmax(dim=-1)            # [B, L, V]
@@ -42,9 +42,13 @@ def ancestral(process, model, B, L, N, steps):
 
 
 @torch.no_grad()
-def network_alone(model, path):
-    for view in path.views(len(path.tokens)):
-        logits_at(model, view.x, view.t, view.slots)
+def network_alone(process, model, path):
+    count, begin = path.row.bincount(), 0               # of the transitions of each sequence
+    for j in range(count.max()):
+        size = int((count > j).sum())
+        part = path[begin:begin + size]
+        process.logits(model, part.x, part.t, part.positions)
+        begin += size
 
 
 def seconds(job, device, repeats):
@@ -77,20 +81,20 @@ class Counted(torch.nn.Module):
     def forward(self, x, t):
         return self.logits_at(x, t, None)
 
-    def logits_at(self, x, t, slots):
+    def logits_at(self, x, t, positions):
         self.states += len(x)
-        return self.model.logits_at(x, t, slots)
+        return self.model.logits_at(x, t, positions)
 
 
 def draws(device):
     print("| V, L, N, B | plain | cached | ours | network | plain / ours | cached / ours "
           "| ours / network |\n|" + " --- |" * 8)
     for V, L, N, B, size in DRAWS[device]:
-        model, process = new_network(V, L, device, size), Absorbing(V)
-        ours, path = seconds(lambda: process.sample(model, B, L, N), device, 3)
-        alone, _ = seconds(lambda: network_alone(model, path), device, 3)
-        step = seconds(lambda: ancestral(process, model, B, L, N, 8), device, 3)[0] / 8
-        plain, cached = step * N, step * len(path.time.unique())
+        model, process = new_network(V, L, device, size), Absorbing(V, N)
+        ours, (_, path) = seconds(lambda: process.sample(model, B, L), device, 3)
+        alone, _ = seconds(lambda: network_alone(process, model, path), device, 3)
+        step = seconds(lambda: ancestral(process, model, B, L, 8), device, 3)[0] / 8
+        plain, cached = step * N, step * len(path.t.unique())
         print(f"| {V}, {L}, {N}, {B} | {plain:.2f} | {cached:.2f} | {ours:.3f} | {alone:.3f} | "
               f"{plain / ours:.1f} | {cached / ours:.1f} | {ours / alone:.2f} |", flush=True)
 
@@ -101,17 +105,21 @@ def updates(device):
     for V, L, B in UPDATES:
         model, process = Counted(new_network(V, L, device, SMALL)), Absorbing(V)
         optimizer = torch.optim.AdamW(model.parameters(), 1e-5, fused=True)
-        path, A = process.sample(model, B, L), torch.randn(B, device=device)
-        view, old = (draw(process, model, path) for draw in (sepo.draw_view, sepo.draw_neighbours))
+        (x, path), A = process.sample(model, B, L), torch.randn(B, device=device)
+        path, given = path.subset(1), torch.zeros_like(x, dtype=torch.bool)
+        with torch.no_grad():
+            old = sepo.neighbours(process, model, x, given)
 
-        def update(loss_of, seen):
+        def update(loss_of):
             model.states = 0
-            loss_of(process, model, seen, A)[0].backward()
+            loss_of()[0].backward()
             optimizer.step()
             optimizer.zero_grad()
             return model.states
-        ours, n = seconds(lambda: update(sepo.sepo_loss, view), device, 20)
-        published, m = seconds(lambda: update(sepo.published_loss, old), device, 2)
+        ours, n = seconds(lambda: update(lambda: sepo.sepo_loss(
+            process.logp(model, path), path, A)), device, 20)
+        published, m = seconds(lambda: update(lambda: sepo.published_loss(
+            sepo.neighbours(process, model, x, given), old, A)), device, 2)
         print(f"| {V}, {L}, {B} | {m:,} | {n:,} | {published:.2f} | {ours:.4f} | "
               f"{published / ours:.0f} |", flush=True)
 

@@ -1,4 +1,4 @@
-"""Draw assets/diagram.png: a path, one view of it, the slot's distribution, and the two clips.
+"""Draw assets/diagram.png: a path, one transition of it, the distribution there, and the two clips.
 
     python tests/diagram.py
 """
@@ -12,18 +12,18 @@ from matplotlib.patches import Rectangle
 
 ROOT = Path(__file__).resolve().parent.parent
 LETTERS = "ACGT"
-STATES = ["____", "__T_", "__TC", "A_TC", "AGTC"]      # the path: one slot is revealed per event
-EVENT, SLOT = 2, 0                                     # the view: before event 2, slot 0
-WEIGHTS = [0.45, 0.15, 0.3, 0.1]                       # the slot's distribution there
+STATES = ["____", "__T_", "__TC", "A_TC", "AGTC"]      # the path
+TRANSITION, POSITION = 2, 0                            # transition 2 draws a token at position 0
+WEIGHTS = [0.45, 0.15, 0.3, 0.1]                       # the distribution it is drawn from
 
 
 def draw_path(axis):
-    axis.set_title("a path: states and events", fontsize=13)
+    axis.set_title("a path: states and transitions", fontsize=13)
     axis.set(xlim=(-0.3, 7.5), ylim=(-0.6, len(STATES) - 0.3))
     axis.axis("off")
     for j, state in enumerate(STATES):
         for i, letter in enumerate(state):
-            is_scored = (j, i) == (EVENT, SLOT)
+            is_scored = (j, i) == (TRANSITION, POSITION)
             box = Rectangle((i, -j + 3.6), 0.9, 0.75, fc="0.85" if letter == "_" else "white",
                                 ec="tab:red" if is_scored else "0.3", lw=3 if is_scored else 1)
             axis.add_patch(box)
@@ -31,11 +31,12 @@ def draw_path(axis):
                       fontsize=14)
         time = "1.0" if j == 0 else f"{0.9 - 0.22 * j:.1f}"
         axis.text(4.2, -j + 3.97, f"t = {time}", va="center", fontsize=11)
-    axis.text(5.9, -EVENT + 3.97, "a view:\nstate, slot", color="tab:red", fontsize=12, va="center")
+    axis.text(5.9, -TRANSITION + 3.97, "a transition:\nstate, position", color="tab:red",
+              fontsize=12, va="center")
 
 
 def draw_distribution(axis):
-    axis.set_title("the slot's distribution  w = softmax(log s)", fontsize=13)
+    axis.set_title("the distribution there  w = softmax(log s)", fontsize=13)
     colours = ["tab:red" if v == 0 else "0.7" for v in range(4)]
     axis.bar(list(LETTERS), WEIGHTS, color=colours)
     axis.set_ylabel("w", fontsize=12)

@@ -5,12 +5,13 @@
     python tests/estimators.py curves --task=arithmetic     # and on prompts never seen
 
 A policy gradient for masked diffusion looks at a finished sample x, or at the path that led to it.
-It masks some of its slots, scores the tokens of some masked slots there, and multiplies what it
+It masks some of its positions, scores the tokens of some masked ones there, and multiplies what it
 finds by an advantage. So an estimator is two things:
 
     draws   (order [L]) -> everything that it may look at: (chance, states of one sample), where a
-            state is (masked slots, scored slots, weight); order: how the sampler revealed the slots
-    loss    (process, model, view, advantages) -> scalar, one of those below
+            state is (masked positions, scored positions, weight); order: how the sampler revealed
+            the positions
+    loss    (logp, path, advantages, chance) -> scalar, one of those below
 
 On a space of 27 sequences all orders, samples and draws can be enumerated, and so the expected
 gradient of every estimator is known without noise, and its noise is, too.
@@ -23,9 +24,9 @@ import random
 import statistics
 import sys
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
-from pathlib import Path
+from pathlib import Path as File
 from typing import Callable
 
 import torch
@@ -33,34 +34,35 @@ from matplotlib import rcParams
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = File(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import compare  # noqa: E402
 import sample  # noqa: E402
 import sepo  # noqa: E402
-from diffusion import Absorbing, MaskPath, View, gumbel_argmax, pick  # noqa: E402
-from exact import (Table, exact_p, gradient, network, posterior_table, random_law,  # noqa: E402
-                   rank, sequences)
-from rewards import TASKS, ask  # noqa: E402
+from diffusion import Absorbing, Path, gumbel_argmax, pick  # noqa: E402
+from exact import (Table, gradient, network, posterior_table, random_law, rank,  # noqa: E402
+                   sequences)
+from rewards import TASKS  # noqa: E402
 
 # -----------------------------------------------------------------------------
 # what an estimator looks at. A draw is a list of states (masked, scored, weight) of one sample.
 
 
 def visited(order):
-    """The states of a path: before each event, what is still masked; the event's slot is scored."""
+    """The states of a path: before each transition, what is still masked; what it reveals is
+    scored."""
     return [(order[j:], order[j:j + 1], 1.0) for j in range(len(order))]
 
 
-def all_events(order):
+def all_transitions(order):
     """LOOP (2503.00897); CJ-GRPO (2509.23924) and DCoLT (2505.10446), but for an order that DCoLT
     learns and a factor of 1/L."""
     return [(1.0, visited(order))]
 
 
-def some_events(k):
-    """k random states of the path: SEPO here (k = 1); AGRPO (2510.04019)."""
+def some_transitions(k):
+    """k random ones of the path: SEPO here (k = 1); AGRPO (2510.04019)."""
     def draws(order):
         L = len(order)
         chosen = list(itertools.combinations(visited(order), k))
@@ -88,85 +90,79 @@ def step_merge(s):
 
 
 def new_order(order):
-    """Replay, here: all events of a new random path to the sample."""
+    """Replay, here: all transitions of a new random path to the sample."""
     orders = list(itertools.permutations(range(len(order))))
     return [(1 / len(orders), visited(list(new))) for new in orders]
 
 
 def left_to_right(order):
-    """JustGRPO (2601.15165): every slot given those on its left. Its own rollouts go that way, too;
-    here they are those of the sampler, as for all others."""
+    """JustGRPO (2601.15165): every position given those on its left. Its own rollouts go that way,
+    too; here they are those of the sampler, as for all others."""
     return [(1.0, visited(list(range(len(order)))))]
 
 
 def all_masked(order):
-    """diffu-GRPO (d1, 2504.12216), wd1 (2507.08838): all slots, from the mask alone."""
-    slots = list(range(len(order)))
-    return [(1.0, [(slots, slots, 1 / len(slots))])]
+    """diffu-GRPO (d1, 2504.12216), wd1 (2507.08838): all positions, from the mask alone."""
+    every = list(range(len(order)))
+    return [(1.0, [(every, every, 1 / len(every))])]
 
 
-def by_size(L):
-    """Every non-empty set of slots, as random masks draw it: its size first -> chance, slots."""
-    for m in range(1, L + 1):
+def by_size(L, low, high):
+    """Every set of low to high positions, all sizes being equally likely -> chance, positions."""
+    for m in range(low, high + 1):
         sets = list(itertools.combinations(range(L), m))
-        yield from ((1 / L / len(sets), list(slots)) for slots in sets)
+        yield from ((1 / (high + 1 - low) / len(sets), list(part)) for part in sets)
 
 
 def by_level(L, low, high, cells=8):
-    """Each slot masked with chance t, t uniform in (low, high), here in the middles of 8 cells
-    -> chance, slots, t; also of the empty set."""
+    """Each position masked with chance t, t uniform in (low, high), here in the middles of 8 cells
+    -> chance, positions, t; also of the empty set."""
     for t in (low + (high - low) * (i + 0.5) / cells for i in range(cells)):
         for m in range(L + 1):
-            for slots in itertools.combinations(range(L), m):
-                yield t ** m * (1 - t) ** (L - m) / cells, list(slots), t
+            for part in itertools.combinations(range(L), m):
+                yield t ** m * (1 - t) ** (L - m) / cells, list(part), t
 
 
-def others(slots, L):
-    return [i for i in range(L) if i not in slots]
+def others(part, L):
+    return [i for i in range(L) if i not in part]
 
 
 def noised(order):
-    """The likelihood bound from one state: m of L slots masked, weight L/m; WDCE."""
+    """The likelihood bound from one state: m of L positions masked, weight L/m; WDCE."""
     L = len(order)
-    return [(p, [(slots, slots, L / len(slots))]) for p, slots in by_size(L)]
+    return [(p, [(part, part, L / len(part))]) for p, part in by_size(L, 1, L)]
 
 
 def random_mask(order):
     """UniGRPO (MMaDA, 2505.15809), as its authors' later code has it: the mean of a random mask
     that is not empty."""
-    drawn = [(p, slots) for p, slots, _ in by_level(len(order), 0.1, 0.9) if slots]
+    drawn = [(p, part) for p, part, _ in by_level(len(order), 0.1, 0.9) if part]
     total = sum(p for p, _ in drawn)
-    return [(p / total, [(slots, slots, 1 / len(slots))]) for p, slots in drawn]
+    return [(p / total, [(part, part, 1 / len(part))]) for p, part in drawn]
 
 
 def noised_below(order):
     """DiPOD (2606.13795): 0 to L - 1 masks, with the bound's weight."""
     L = len(order)
-    return [(1 / L, [])] + [(1 / L / math.comb(L, m), [(list(slots), list(slots), L / m)])
-                            for m in range(1, L) for slots in itertools.combinations(range(L), m)]
+    return [(p, [(part, part, L / len(part))] if part else [])
+            for p, part in by_size(L, 0, L - 1)]
 
 
 def coupled(order):
-    """coupled-GRPO (DiffuCoder, 2506.20639): per slot the mean of its log-probability from the mask
-    alone and from one of two complementary masks, this one times 1/t or 1/(1 - t)."""
+    """coupled-GRPO (DiffuCoder, 2506.20639): per position the mean of its log-probability from the
+    mask alone and from one of two complementary masks, this one times 1/t or 1/(1 - t)."""
     L = len(order)
     every = list(range(L))
     return [(p, [(every, every, 0.5 / L)] + [
-        (part, part, 0.5 / level / L) for part, level in ((slots, t), (others(slots, L), 1 - t))
-        if part]) for p, slots, t in by_level(L, 0.2, 0.8)]
+        (half, half, 0.5 / level / L) for half, level in ((part, t), (others(part, L), 1 - t))
+        if half]) for p, part, t in by_level(L, 0.2, 0.8)]
 
 
 def complements(order):
-    """ESPO (2512.03759): the bound from a mask of 0 to L slots and from its complement."""
+    """ESPO (2512.03759): the bound from a mask of 0 to L positions and from its complement."""
     L = len(order)
-    result = []
-    for m in range(L + 1):
-        sets = list(itertools.combinations(range(L), m))
-        for slots in map(list, sets):
-            parts = [part for part in (slots, others(slots, L)) if part]
-            result.append((1 / (L + 1) / len(sets),
-                           [(part, part, (L + 1) / 2 / len(part)) for part in parts]))
-    return result
+    return [(p, [(half, half, (L + 1) / 2 / len(half)) for half in (part, others(part, L)) if half])
+            for p, part in by_size(L, 0, L)]
 
 
 def quadrature(order):
@@ -179,69 +175,73 @@ def quadrature(order):
 
 
 def two_masks(order):
-    """SPG (2510.09541), in one block: two random masks; the mean per masked slot."""
+    """SPG (2510.09541), in one block: two random masks; the mean per masked position."""
     L = len(order)
     return [(p * q, [(a, a, 1 / len(a)), (b, b, 1 / len(b))])
-            for (p, a), (q, b) in itertools.product(by_size(L), repeat=2)]
+            for (p, a), (q, b) in itertools.product(by_size(L, 1, L), repeat=2)]
 
 
 def mask_and_rest(order):
-    """DMPO (2510.08233): a random mask and its complement, the mean per masked slot."""
+    """DMPO (2510.08233): a random mask and its complement, the mean per masked position."""
     L = len(order)
-    return [(p, [(part, part, 0.5 / len(part)) for part in (slots, others(slots, L)) if part])
-            for p, slots, _ in by_level(L, 0.1, 1.0)]
+    return [(p, [(half, half, 0.5 / len(half)) for half in (part, others(part, L)) if half])
+            for p, part, _ in by_level(L, 0.1, 1.0)]
 
 
 def terminal(order):
-    """The pseudo-likelihood: one slot masked again, given all others (t -> 0)."""
+    """The pseudo-likelihood: one position masked again, given all others (t -> 0)."""
     return [(1 / len(order), [([i], [i], float(len(order)))]) for i in range(len(order))]
 
 # -----------------------------------------------------------------------------
-# losses: (process, model, view, A [P, G], chance [P, G]) -> scalar. P prompts with G rows each; a
-# row is a sample with one draw, of probability `chance`, in training 1/(P G). view.weight is that
-# of a state in its draw.
+# losses: (logp [n, L], path, A [P, G], chance [P, G]) -> scalar. logp is that of the current model,
+# path.logp that of the old one. P prompts with G rows each; a row is a sample with one draw, of
+# probability `chance`, in training 1/(P G). path.weight is that of a state in its draw.
 
 
-def token_loss(process, model, view, A, chance, clip=0.2):
+def token_loss(logp, path, A, chance, clip=0.2):
     """A ratio and PPO's clip per token."""
-    return sepo.sepo_loss(process, model, view, (A * chance).flatten(), clip)[0]
+    return sepo.sepo_loss(logp, path, (A * chance).flatten(), clip)[0]
 
 
-def step_loss(process, model, view, A, chance, clip=0.2):
+def step_loss(logp, path, A, chance, clip=0.2):
     """A ratio and PPO's clip per state, with all tokens that are scored there."""
-    return sepo.loop_loss(process, model, view, (A * chance).flatten(), clip)[0]
+    return sepo.loop_loss(logp, path, (A * chance).flatten(), clip)[0]
 
 
-def bound(process, model, view, A):
-    """Sum of the scored log-probabilities of each row, weighted -> [P, G], and the same before."""
-    logp = torch.stack((process.logp(model, view), view.logp_old))                  # [2, n, k]
-    states = (logp * view.scored).sum(dim=2) * view.weight                          # [2, n]
-    return torch.zeros(2, A.numel()).index_add(1, view.row, states).view(2, *A.shape)
+def bound(logp, path, A):
+    """Weighted sum of the scored log-probabilities of each row -> [P, G]."""
+    return path.per_sequence(logp * path.weight[:, None]).view_as(A)
 
 
-def sequence_loss(process, model, view, A, chance, clip=0.2):
-    """One ratio per sample: exp of the difference of its bound, per slot."""
-    new, old = bound(process, model, view, A)
-    L = view.scored.any(dim=0).sum()
-    return -(chance * sepo.surrogate((new - old) / L, A, clip)[0]).sum()
+def per_position(values, path):
+    """The scored values [n, L] of each row, summed over its states -> [P G, L]."""
+    zero = values.new_zeros(path.batch, values.size(1))
+    return zero.index_add(0, path.row, values * path.scored)
 
 
-def mixed_loss(process, model, view, A, chance, clip=0.2):
+def n_free(path):
+    """The number of positions that are not given, which are those that some row scores."""
+    return path.scored.any(dim=0).sum()
+
+
+def sequence_loss(logp, path, A, chance, clip=0.2):
+    """One ratio per sample: exp of the difference of its bound, per position."""
+    log_ratio = bound(logp - path.logp, path, A) / n_free(path)
+    return -(chance * sepo.surrogate(log_ratio, A, clip)[0]).sum()
+
+
+def mixed_loss(logp, path, A, chance, clip=0.2):
     """A ratio per token, of a log-probability that is mixed from several states (coupled-GRPO)."""
-    L = view.scored.any(dim=0).sum()
-    logp = torch.stack((process.logp(model, view), view.logp_old))                  # [2, n, L]
-    terms = logp * (view.scored * view.weight[:, None]) * L
-    new, old = torch.zeros(2, A.numel(), view.y.size(1)).index_add(1, view.row, terms)
+    log_ratio = n_free(path) * per_position((logp - path.logp) * path.weight[:, None], path)
     A, chance = A.flatten()[:, None], chance.flatten()[:, None]
-    return -(chance * sepo.surrogate(new - old, A, clip)[0]).sum() / L
+    return -(chance * sepo.surrogate(log_ratio, A, clip)[0]).sum() / n_free(path)
 
 
 def weighted_loss(weights_of):
     """No ratio: the bound, weighted by what weights_of makes of the advantages of each prompt, and
     of kl [P, G], log p(path)/p_ref(path)."""
-    def loss(process, model, view, A, chance, kl=0.0):
-        weights = weights_of(A, chance, kl)
-        return -(chance * weights * bound(process, model, view, A)[0]).sum()
+    def loss(logp, path, A, chance, kl=0.0):
+        return -(chance * weights_of(A, chance, kl) * bound(logp, path, A)).sum()
     return loss
 
 
@@ -261,26 +261,24 @@ def pull_and_push(A, chance, kl):
     return tilted(A, chance, kl) - tilted(-A, chance, kl)
 
 
-def sandwich_loss(process, model, view, A, chance, beta=1.5):
-    """SPG: the bound from below where A > 0; else its mean with one from above: per slot the log of
-    the mean over the states of p^beta / t, divided by beta. Both are means over slots."""
-    logp = process.logp(model, view)                                                # [n, L]
-    below = bound(process, model, view, A)[0] / 2
-    level = view.scored.sum(dim=1, keepdim=True) / view.scored.any(dim=0).sum()     # t of a state
-    inside = torch.zeros(A.numel(), logp.size(1)).index_add(
-        0, view.row, view.scored * (beta * logp).exp() / level / 2)
+def sandwich_loss(logp, path, A, chance, beta=1.5):
+    """SPG: the bound from below where A > 0; else its mean with one from above: per position the
+    log of the mean over the states of p^beta / t, divided by beta. Both are means over positions.
+    """
+    below = bound(logp, path, A) / 2
+    level = path.scored.sum(dim=1, keepdim=True) / n_free(path)                     # t of a state
+    inside = per_position((beta * logp).exp() / level / 2, path)
     seen = inside > 0
     above = torch.where(seen, inside.where(seen, 1).log() / beta, 0).sum(dim=1) / seen.sum(dim=1)
     mixture = (above.view_as(A) + below) / 2
     return -(chance * A * torch.where(A > 0, below, mixture)).sum()
 
 
-def consistent_loss(process, model, view, A, chance):
+def consistent_loss(logp, path, A, chance):
     """DiPOD (2606.13795): one ratio per sample, and the bound of the model's own samples beside it,
     which holds it tight."""
-    new, old = bound(process, model, view, A)
-    objective = sepo.surrogate(new - old, A, 0.2)[0]
-    return -(chance * (objective + 0.05 * new)).sum()
+    objective = sepo.surrogate(bound(logp - path.logp, path, A), A, 0.2)[0]
+    return -(chance * (objective + 0.05 * bound(logp, path, A))).sum()
 
 
 @dataclass
@@ -296,60 +294,46 @@ class Estimator:
 # the expected gradient, by enumeration
 
 
-def view_of(x, states, V):
-    """States of one draw, for samples x [S, L] -> View of S * len(states) states."""
-    S, L = x.shape
-    parts = []
-    for masked, scored, weight in states:
-        noised = x.clone()
-        noised[:, masked] = V
-        is_scored = torch.zeros(L, dtype=torch.bool)
-        is_scored[scored] = True
-        t = torch.full((S,), len(masked) / (L + 1))
-        weights = torch.full((S,), weight)
-        parts.append((torch.arange(S), noised, t, x, is_scored.expand(S, L), weights))
-    row, noised, t, y, is_scored, weight = map(torch.cat, zip(*parts))
-    return View(row, None, noised, t, None, None, y, is_scored, None, weight,
-                torch.full_like(weight, 1 / len(weight)))
+def path_of(process, policy, tokens, drawn, free):
+    """What was drawn for each of the samples [B, L], lists of states -> Path, with the policy's
+    logp. Positions of a state count the free ones alone, which are `free` in all samples."""
+    row = torch.tensor([b for b, states in enumerate(drawn) for _ in states])           # [n]
+    masked, scored, weight = zip(*itertools.chain(*drawn))
 
-
-def order_logp(process, model, x, order):
-    """log p(x | the order of the reveals) -> [S]."""
-    view = view_of(x, visited(order), process.vocab_size)
+    def marks(parts):
+        found = torch.zeros(len(row), tokens.size(1), dtype=torch.bool)
+        found[:, free] = torch.tensor([[i in part for i in range(len(free))] for part in parts])
+        return found
+    y, is_masked = tokens[row], marks(masked)
+    t = is_masked.sum(dim=1) / (len(free) + 1)
+    positions = torch.arange(tokens.size(1)).expand_as(y)
+    path = Path(row, y.masked_fill(is_masked, process.mask), t, t, positions, y, marks(scored),
+                None, torch.tensor(weight), batch=len(tokens))
     with torch.no_grad():
-        logp = (process.logp(model, view) * view.scored).sum(dim=1)
-    return torch.zeros(len(x)).index_add(0, view.row, logp)
+        return replace(path, logp=process.logp(policy, path))
 
 
-def every_row(process, policy, L, estimator):
-    """All samples of `policy`, with all draws -> View, sample [R], chance [R]."""
-    V = process.vocab_size
-    x = sequences(V, L)
-    views, chances = [], []
-    for order in itertools.permutations(range(L)):
+def every_draw(process, policy, L, estimator):
+    """All samples of `policy`, with all that an estimator may draw for them -> Path, chance [R];
+    the sample of row r is number r % V**L of `sequences`."""
+    x, free = sequences(process.vocab_size, L), range(L)
+    p = process.exact_law(policy, L).detach().float()
+    orders = itertools.permutations(free) if estimator.on_path else [free]
+    drawn, chances = [], []
+    for order in map(list, orders):
         if estimator.on_path:
-            p = order_logp(process, policy, x, list(order)).exp() / math.factorial(L)
-        else:
-            p = process.exact_law(policy, L).detach().float()
-        for chance, states in estimator.draws(list(order)):
-            if states:
-                view = view_of(x, states, V)
-                view.row += len(x) * len(chances)
-                views.append(view)
-                chances.append(chance * p)
-        if not estimator.on_path:
-            break
-    fields = {name: torch.cat([getattr(view, name) for view in views])
-              for name in ("row", "x", "t", "y", "scored", "weight", "share")}
-    view = View(event=None, s=None, slots=None, logp_old=None, **fields)
-    with torch.no_grad():
-        view.logp_old = process.logp(policy, view)
-    return view, torch.arange(len(x)).repeat(len(chances)), torch.cat(chances)
+            path = path_of(process, policy, x, [visited(order)] * len(x), free)
+            p = path.per_sequence(path.logp).exp() / math.factorial(L)  # of order and sample
+        for chance, states in estimator.draws(order):
+            drawn += [states] * len(x)
+            chances.append(chance * p)
+    tokens = x.repeat(len(chances), 1)
+    return path_of(process, policy, tokens, drawn, free), torch.cat(chances)
 
 
 class Entries:
-    """log p(token | state) for every state, slot and token as one vector, and its Jacobian: every
-    gradient is a combination of its rows."""
+    """log p(token | state) for every state, position and token as one vector, and its Jacobian:
+    every gradient is a combination of its rows."""
 
     def __init__(self, process, model, L):
         self.V, self.L = process.vocab_size, L
@@ -362,32 +346,24 @@ class Entries:
         self.jacobian = torch.stack(rows)                                           # [E, P]
         self.logp = logp.detach()
 
-    def index(self, view):
-        """Where the log-probabilities of a View stand -> [n, L]."""
-        slots = torch.arange(self.L)
-        return (rank(view.x, self.V + 1)[:, None] * self.L + slots) * self.V + view.y
-
-    def logp_of(self, leaf):
-        """A process whose logp is the leaf [n, L]."""
-        class Known:
-            def logp(self, model, view):
-                return leaf
-        return Known()
+    def index(self, path):
+        """Where the log-probabilities of a Path stand -> [n, k]."""
+        return (rank(path.x, self.V + 1)[:, None] * self.L + path.positions) * self.V + path.y
 
 
 def expected_gradient(process, entries, policy, L, reward, estimator):
     """-> (expected gradient [P]; its noise, in units of the norm of the mean: the standard
     deviation of the gradient of one sample with one draw)."""
-    view, sample, chance = every_row(process, policy, L, estimator)
-    R = reward[sample]
-    A = R - (chance * R).sum() / chance.sum()           # empty draws have no row
-    index = entries.index(view)
-    leaf = entries.logp[index].requires_grad_()
-    loss = estimator.loss(entries.logp_of(leaf), None, view, A[None], chance[None])
-    slope = -torch.autograd.grad(loss, leaf)[0]                                     # [n, L]
+    path, chance = every_draw(process, policy, L, estimator)
+    R = reward.repeat(len(chance) // len(reward))
+    A = R - (chance * R).sum()
+    index = entries.index(path)
+    logp = entries.logp[index].requires_grad_()
+    loss = estimator.loss(logp, path, A[None], chance[None])
+    slope = -torch.autograd.grad(loss, logp)[0]                                     # [n, L]
     E = len(entries.logp)
     flat = torch.zeros(len(chance) * E).index_add(
-        0, (view.row[:, None] * E + index).flatten(), slope.flatten())
+        0, (path.row[:, None] * E + index).flatten(), slope.flatten())
     per_row = flat.view(len(chance), E)                                             # [R, E]
     mean = per_row.sum(dim=0) @ entries.jacobian
     each = per_row @ (entries.jacobian @ entries.jacobian.T)
@@ -396,12 +372,13 @@ def expected_gradient(process, entries, policy, L, reward, estimator):
 
 
 ESTIMATORS = {
-    "sepo, 1 event": Estimator(some_events(1), token_loss, lambda L: 1, True),
-    "sepo, all events; LOOP, DCoLT, CJ-GRPO": Estimator(all_events, step_loss, lambda L: L, True),
-    "sepo, all events, no clip": Estimator(all_events, partial(token_loss, clip=math.inf),
+    "sepo, 1 event": Estimator(some_transitions(1), token_loss, lambda L: 1, True),
+    "sepo, all events; LOOP, DCoLT, CJ-GRPO": Estimator(all_transitions, step_loss, lambda L: L,
+                                                        True),
+    "sepo, all events, no clip": Estimator(all_transitions, partial(token_loss, clip=math.inf),
                                            lambda L: L, True),
     "sepo, all events of a new path (replay)": Estimator(new_order, token_loss, lambda L: L),
-    "AGRPO, 2 states": Estimator(some_events(2), token_loss, lambda L: 2, True),
+    "AGRPO, 2 states": Estimator(some_transitions(2), token_loss, lambda L: 2, True),
     "TraceRL": Estimator(merged(1), token_loss, lambda L: L, True),
     "TraceRL, 2 merged": Estimator(merged(2), token_loss, lambda L: (L + 1) // 2, True),
     "d2, 2 merged": Estimator(step_merge(2), token_loss, lambda L: (L + 1) // 2, True),
@@ -436,9 +413,10 @@ def pretrained(process, L, rollouts, reward):
     for _ in range(800):
         step(process.loss(model, data[torch.randint(5000, (128,))]))
     for _ in range(rollouts):
-        path = process.sample(model, 32, L)
-        A = sepo.advantages(reward[rank(path.tokens, process.vocab_size)][None], "loo")[0]
-        step(sepo.sepo_loss(process, model, sepo.draw_view(process, model, path), A)[0])
+        tokens, path = process.sample(model, 32, L)
+        A = sepo.advantages(reward[rank(tokens, process.vocab_size)][None], "loo")[0]
+        path = path.subset(1)
+        step(sepo.sepo_loss(process.logp(model, path), path, A)[0])
     return model
 
 
@@ -457,46 +435,52 @@ def moved(model, process, L, reward, target=0.02):
     return model
 
 
+def neighbours(x, V):
+    """All that differ from x [S, L] in one position, and x itself -> [S L V, L]."""
+    is_changed = torch.eye(x.size(1), dtype=torch.bool)[:, None]                    # [L, 1, L]
+    y = torch.where(is_changed, torch.arange(V)[:, None], x[:, None, None])         # [S, L, V, L]
+    return y.flatten(0, 2)
+
+
 def published(process, model, L, reward, draws):
     """The expected gradient of SEPO as its paper has it (2502.01384): over every sample, with exact
     p(y), or with the mean over some draws of its estimate."""
-    x = sequences(process.vocab_size, L)
+    V = process.vocab_size
+    x = sequences(V, L)
     law = process.exact_law(model, L).detach()
     A = (law * len(x) * (reward - (law * reward).sum())).float()
-    path = MaskPath(x, torch.ones(x.shape), None, process.vocab_size)
-    p_of, total = (sepo.importance_sampled if draws else exact_p(process)), 0
+    exact = law[rank(neighbours(x, V), V)].view(-1, L * V).log().float()
+    none_given, total = torch.zeros_like(x, dtype=torch.bool), 0
     for seed in range(max(1, draws)):
         torch.manual_seed(seed)
-        old = sepo.draw_neighbours(process, model, path, p_of)
-        torch.manual_seed(seed)                         # at theta_old: the same p(y) in both places
-        loss = sepo.published_loss(process, model, old, A, math.inf, p_of)[0]
+        log_s, log_p, is_other = sepo.neighbours(process, model, x, none_given)
+        log_p = log_p if draws else exact
+        new, old = (log_s, log_p, is_other), (log_s.detach(), log_p, is_other)  # at theta_old
+        loss, _ = sepo.published_loss(new, old, A, math.inf)
         total = total - gradient(loss, model) / max(1, draws)
     return total
 
 
 def as_in_its_code(process, model, L, reward, draws=300, M=2, clip=0.2):
     """SEPO as its code has it (github.com/ozekri/SEPO, the DNA experiment): log s is the
-    log-softmax at the finished sample x, for all letters of all slots; p(y), for y = x too, is the
-    harmonic mean of the probabilities, given y, of the letter in slot m of sample m of M; the ratio
-    to the old policy is that of two such estimates; the smaller of two sums over all samples
-    counts, and that sum is minimized."""
+    log-softmax at the finished sample x, for all letters of all positions; p(y), for y = x too, is
+    the harmonic mean of the probabilities, given y, of the letter at position m of sample m of M;
+    the ratio to the old policy is that of two such estimates; the smaller of two sums over all
+    samples counts, and that sum is minimized."""
     V = process.vocab_size
     x = sequences(V, L)
-    S, zero = len(x), torch.zeros(len(x))
     law = process.exact_law(model, L).detach()
     A = (law * (reward - (law * reward).sum())).float()[:, None, None]
-    y = x.repeat_interleave(L * V, dim=0)                                           # [S L V, L]
-    slots = torch.arange(L).repeat_interleave(V).repeat(S)[:, None]
-    y = y.scatter(1, slots, torch.arange(V).repeat(S * L)[:, None])
+    y = neighbours(x, V)
     log_y = model(y, torch.zeros(len(y))).log_softmax(dim=-1).detach()              # [S L V, L, V]
 
     def p_of_y():
         chosen = [pick(log_y[:, m], gumbel_argmax(log_y[:, m])).exp() for m in range(M)]
-        return (M / sum(1 / p for p in chosen)).view(S, L, V)
+        return (M / sum(1 / p for p in chosen)).view(-1, L, V)
     total = 0
     for seed in range(draws):
         torch.manual_seed(seed)
-        log_s = model(x, zero).log_softmax(dim=-1)                                  # [S, L, V]
+        log_s = model(x, torch.zeros(len(x))).log_softmax(dim=-1)                   # [S, L, V]
         old, new = p_of_y(), p_of_y()
         ratio = new / old
         sums = [(A * new * r * log_s).sum() for r in (ratio, ratio.clamp(1 - clip, 1 + clip))]
@@ -516,10 +500,10 @@ def table(L=3, V=3):
              "after 50 rollouts": (pretrained(process, L, 50, reward),) * 2,
              "off policy": (before, moved(deepcopy(before), process, L, reward))}
     cells, points = {name: [f"{e.passes(L)}"] for name, e in ESTIMATORS.items()}, {}
-    neighbours = {"SEPO as published, exact p(y)": lambda *a: published(*a, 0),
-                  "SEPO as published": lambda *a: published(*a, 300),
-                  "SEPO as its code has it": as_in_its_code}
-    cells |= {name: [f"{L * V * k}"] for name, k in zip(neighbours, (1, 3, 3))}
+    others = {"SEPO as published, exact p(y)": lambda *a: published(*a, 0),
+              "SEPO as published": lambda *a: published(*a, 300),
+              "SEPO as its code has it": as_in_its_code}
+    cells |= {name: [f"{L * V * k}"] for name, k in zip(others, (1, 3, 3))}
     for old, new in cases.values():
         truth = gradient((process.exact_law(new, L) * reward).sum(), new).float()
         entries = Entries(process, new, L)
@@ -530,7 +514,7 @@ def table(L=3, V=3):
                 points[name] = estimator.passes(L) * noise ** 2, cosine(mean, truth)
                 scale = mean.norm() / truth.norm()
                 cells[name][0] += f" | {scale:.2f}"
-        for name, of in neighbours.items():
+        for name, of in others.items():
             mean = of(process, new, L, reward).float() if new is old else None
             cells[name].append("" if mean is None else f"{cosine(mean, truth):.3f}")
             if new is before:
@@ -543,7 +527,7 @@ def table(L=3, V=3):
 
 
 KINDS = {"C2": "visited states", "C0": "random masks of the sample",
-         "C3": "all slots masked, or left to right"}
+         "C3": "all positions masked, or left to right"}
 
 
 def color_of(name):
@@ -597,75 +581,64 @@ def draws_of(draws, order):
     return draws(list(order))
 
 
-def random_view(process, model, path, estimator):
-    """One random draw for each sample of a path -> View with logp_old. The same slots are free in
-    all of its samples."""
-    time = path.time[:, ~path.given[0]]                                             # [B, n]
-    parts = []
-    for b, order in enumerate(time.argsort(dim=1, descending=True).tolist()):
-        drawn = draws_of(estimator.draws, tuple(order if estimator.on_path else sorted(order)))
-        _, states = random.choices(drawn, [chance for chance, _ in drawn])[0]
-        for masked, scored, weight in states:
-            marks = torch.zeros(2, len(order), dtype=torch.bool)
-            marks[0, masked] = marks[1, scored] = True
-            parts.append((b, marks, len(masked) / (len(order) + 1), weight))
-    row, marks, t, weight = zip(*parts)
-    row, free = torch.tensor(row), torch.stack(marks)                               # [S, 2, n]
-    y = path.tokens[row]                                                            # [S, L]
-    marks = torch.zeros(len(row), 2, y.size(1), dtype=torch.bool)
-    marks[:, :, ~path.given[0]] = free
-    view = View(row, None, y.masked_fill(marks[:, 0], process.mask), torch.tensor(t), None, None, y,
-                marks[:, 1], None, torch.tensor(weight), torch.full((len(row),), 1 / len(row)))
-    with torch.no_grad():
-        view.logp_old = process.logp(model, view)
-    return view
+def random_path(process, model, tokens, path, estimator):
+    """One random draw for each of the samples [B, L] of a path without a time grid -> Path, with
+    the model's logp. The same positions are free in all samples."""
+    order = path.positions[path.row.argsort(stable=True)].view(len(tokens), -1)         # [B, n]
+    drawn = []
+    for places in order.argsort(dim=1).argsort(dim=1).tolist():     # among the free ones
+        places = tuple(places if estimator.on_path else sorted(places))
+        chances, draws = zip(*draws_of(estimator.draws, places))
+        drawn += random.choices(draws, chances)
+    return path_of(process, model, tokens, drawn, free=order[0].sort().values)
 
 
-def learn(task, process, start, estimator, score, updates, lr, seed):
-    """-> [(rewards, passes with gradient, score of the model)] of a run."""
-    rollouts, P, G, every, _ = TASK[task.name]
+def learn(name, process, start, estimator, score, updates, lr, seed):
+    """-> [(queries, passes with gradient, score of the model)] of a run."""
+    task, (rollouts, P, G, every, _) = TASKS[name](), TASK[name]
     model, points = deepcopy(start).requires_grad_(), []
     optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0)
     torch.manual_seed(seed)
     random.seed(seed)
-    data = task.data(20_000, torch.Generator().manual_seed(seed))
+    data, _ = task.split(20_000, seed)
     chance = torch.full((P, G), 1 / P / G)
     for i in range(rollouts):
-        prompt = None
-        if task.given:
-            prompt = task.prompts(data[torch.randint(len(data), (P,))]).repeat_interleave(G, dim=0)
-        path = process.sample(model, P * G, task.length, prompt=prompt)
-        reward, kl = ask(task, path.tokens).view(P, G), process.path_kl(start, path).view(P, G)
+        prompt = task.prompts(data[torch.randint(len(data), (P,))]).repeat_interleave(G, dim=0)
+        tokens, path = process.sample(model, P * G, task.length, prompt)
+        with torch.no_grad():
+            kl = path.per_sequence(path.logp - process.logp(start, path)).view(P, G)
+        reward = compare.reward_of(task)(tokens).view(P, G)
         A, more = sepo.advantages(reward - BETA * kl, "loo"), {}
         if estimator.is_tilted:
             A, more = (reward / BETA).float(), dict(kl=kl)
-        for view in [random_view(process, model, path, estimator) for _ in range(updates)]:
-            estimator.loss(process, model, view, A, chance, **more).backward()
+        for part in [random_path(process, model, tokens, path, estimator) for _ in range(updates)]:
+            estimator.loss(process.logp(model, part), part, A, chance, **more).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.param_groups[0]["lr"] = lr * (1 - i / rollouts)
             optimizer.step()
             optimizer.zero_grad()
         if i == 0 or (i + 1) % every == 0:
-            rewards, n = (i + 1) * P * G, int((~path.given[0]).sum())
-            points.append((rewards, rewards * updates * estimator.passes(n), score(model)))
+            queries, n = (i + 1) * P * G, int((prompt[0] == process.mask).sum())
+            points.append((queries, queries * updates * estimator.passes(n), score(model)))
     return points
 
 
 def score_of(task, process, start, seed):
     """-> a function of a model: its share of the optimum, or its reward on prompts never seen."""
-    if task.given is None:
-        exact = sepo.ground_truth(process, start, task.reward, task.length, BETA)
+    if not task.has_prompts:
+        exact = sepo.ground_truth(process, start, compare.reward_of(task), task.length, BETA)
         return lambda model: exact(model)["share_of_optimum"]
-    prompts = task.prompts(task.held_out(256, seed))
-    return lambda model: ask(task, process.sample(
-        model, len(prompts), task.length, prompt=prompts).tokens).mean().item()
+    _, held = task.split(20_000, seed)
+    prompts = task.prompts(held[:256])
+    return lambda model: compare.reward_of(task)(process.sample(
+        model, len(prompts), task.length, prompts)[0]).mean().item()
 
 
 def curves(name, seeds, out):
     """Each estimator at all settings, from the pre-trained models of tests/compare.py: the scores
     at the end as a table, and the curves of the best setting as a figure."""
-    torch.set_num_threads(1)
-    task, process, settings = TASKS[name](), Absorbing(TASKS[name]().vocab_size), TASK[name][-1]
+    task, settings = TASKS[name](), TASK[name][-1]
+    process = Absorbing(task.vocab_size)
     found = {estimator: [[] for _ in settings] for estimator in ESTIMATORS}
     for seed in range(seeds):
         start, _ = sample.load_model(compare.pretrained(out, f"--task={name}", seed))
@@ -673,7 +646,7 @@ def curves(name, seeds, out):
         print(seed, f"at the start: {score(start):.3f}", file=sys.stderr, flush=True)
         for estimator, runs in found.items():
             for setting, run in zip(settings, runs):
-                points = learn(task, process, start, ESTIMATORS[estimator], score, *setting, seed)
+                points = learn(name, process, start, ESTIMATORS[estimator], score, *setting, seed)
                 run.append(points)
                 print(seed, estimator, setting, f"{points[-1][2]:.3f}", file=sys.stderr, flush=True)
     heads = [f"{updates} updates, rate {lr:g}" for updates, lr in settings]
@@ -689,19 +662,19 @@ def curves(name, seeds, out):
 
 def draw_curves(name, found):
     """assets/curves-<task>.png: medians over the seeds of the setting that ends better, against
-    rewards and against passes."""
+    queries and against passes."""
     medians = {estimator: max((list(zip(*(map(statistics.median, zip(*at)) for at in zip(*run))))
                                for run in runs), key=lambda columns: columns[2][-1])
-               for estimator, runs in found.items()}    # rewards, passes, scores
+               for estimator, runs in found.items()}    # queries, passes, scores
     ranked = sorted(medians, key=lambda estimator: -medians[estimator][2][-1])
     drawing, axes = panels_beside_names(2, ranked)
     for i, estimator in enumerate(ranked, 1):
-        rewards, passes, scores = medians[estimator]
-        for axis, x in zip(axes, (rewards, passes)):
+        queries, passes, scores = medians[estimator]
+        for axis, x in zip(axes, (queries, passes)):
             axis.plot(x, scores, color=color_of(estimator), lw=1, marker=".", ms=4)
             axis.annotate(f" {i}", (x[-1], scores[-1]), fontsize=8, annotation_clip=True)
             axis.set_ylim(-0.3 if name == "toy" else 0.4, 1.02)
-    axes[0].set_xlabel("rewards asked")
+    axes[0].set_xlabel("queries")
     axes[1].set_xlabel("passes with gradient")
     axes[1].set_xscale("log")
     axes[1].xaxis.set_minor_formatter(NullFormatter())
@@ -719,8 +692,9 @@ def main():
     parser.add_argument("what", choices=["table", "curves"])
     parser.add_argument("--task", choices=list(TASK), default="toy", help="of the curves")
     parser.add_argument("--seeds", type=int, default=3, help="of the curves: 0, 1, ...")
-    parser.add_argument("--out", type=Path, default=ROOT / "out" / "compare", help="folder of runs")
+    parser.add_argument("--out", type=File, default=ROOT / "out" / "compare", help="folder of runs")
     args = parser.parse_args()
+    torch.set_num_threads(1)            # faster, and sums do not depend on the machine's cores
     if args.what == "table":
         table()
     else:

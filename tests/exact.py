@@ -10,7 +10,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from diffusion import Absorbing, GridPath, MaskPath
+from diffusion import Absorbing, Path
 from model import Config, Denoiser
 
 
@@ -60,8 +60,8 @@ class Table(torch.nn.Module):
 
 
 def posterior_table(p0, V, L):
-    """The Table of p(x0_i = v | the revealed slots) under the distribution p0 [V**L]: a consistent
-    model, one whose conditionals are those of one distribution."""
+    """The Table of p(x0_i = v | the revealed positions) under the distribution p0 [V**L]: a
+    consistent model, one whose conditionals are those of one distribution."""
     x, states = sequences(V, L), sequences(V + 1, L)
     fits = ((states[:, None] == V) | (states[:, None] == x)).all(dim=-1).double()   # [S, V^L]
     joint = torch.einsum("sx,x,xiv->siv", fits, p0.double(), F.one_hot(x, V).double())
@@ -111,38 +111,39 @@ def gradient(value, model):
     return torch.cat([part.flatten() for part in parts])
 
 
-def law_given(process, model, L, steps, prompt):
-    """The exact distribution of `sample` with a prompt [L]: that of its free slots, among V**L."""
+def law_given(process, model, L, prompt):
+    """The exact distribution of `sample` with a prompt [L]: that of its free positions, among all
+    V**L sequences."""
     if prompt is None:
-        return process.exact_law(model, L, steps)
-    free, every = prompt == process.vocab_size, sequences(process.vocab_size, L)
+        return process.exact_law(model, L)
+    free, every = prompt == process.mask, sequences(process.vocab_size, L)
 
-    def of_free_slots(x, t):
+    def of_free_positions(x, t):
         whole = prompt.repeat(len(x), 1)
         whole[:, free] = x
         return model(whole, t)[:, free]
-    law = process.exact_law(of_free_slots, int(free.sum()), steps)
+    law = process.exact_law(of_free_positions, int(free.sum()))
     fits = (free | (every == prompt)).all(dim=1)
     return torch.zeros(len(every), dtype=law.dtype).masked_scatter(fits, law)
 
 
 @torch.no_grad()
 def corrected_law(process, model, law, t, moves):
-    """Distribution of the samples of `correct_path`, where those before it have `law` [V**L]: a
-    list, one for each of the rising numbers of `moves`. Absorbing chain, no grid."""
+    """The distribution of the samples of `correct_path`, if that of the samples before is `law`
+    [V**L]: a list, one for each of the rising numbers of `moves`. Absorbing chain, no grid."""
     V, W = process.vocab_size, process.vocab_size + 1
     L = round(math.log(len(law), V))
     states, power = sequences(W, L), W ** torch.arange(L - 1, -1, -1)
     n_masked = (states == V).sum(dim=1)                                             # [S]
     mass = torch.zeros(W ** L, dtype=torch.double)
     mass[n_masked == 0] = law.double()
-    for i in range(L):                                  # noise up to time t, slot by slot
-        slot = mass.view(W ** i, W, -1)
-        slot[:, V] = t * slot[:, :V].sum(dim=1)
-        slot[:, :V] *= 1 - t
+    for i in range(L):                                  # noise up to time t, one position at a time
+        position = mass.view(W ** i, W, -1)
+        position[:, V] = t * position[:, :V].sum(dim=1)
+        position[:, :V] *= 1 - t
 
     def flow(mass, p, i):
-        """Every state jumps with probabilities p [S, w] to the first w letters in slot i."""
+        """Every state jumps with probabilities p [S, w] to the first w letters at position i."""
         change = torch.arange(p.size(1)) - states[:, i, None]                       # [S, w]
         target = torch.arange(W ** L)[:, None] + change * power[i]
         return torch.zeros_like(mass).index_add(0, target.flatten(), (mass[:, None] * p).flatten())
@@ -168,10 +169,11 @@ def corrected_law(process, model, law, t, moves):
 
 
 def exact_p(process):
-    """For sepo.neighbours: p(y) from the exact distribution, in place of the authors' estimate."""
-    def p_of(model, y, slots):
-        V, L = process.vocab_size, y.size(1)
-        return process.exact_law(model, L)[rank(y, V)].float()
+    """A stand-in for sepo.importance_sampled: p(y) from the exact distribution, not the authors'
+    estimate."""
+    def p_of(_, model, y, position, M=None):
+        law = process.exact_law(model, y.size(1))
+        return law[rank(y, process.vocab_size), None].float()                       # [n, 1]
     return p_of
 
 
@@ -180,18 +182,19 @@ def kl(p, q):
 
 
 @torch.no_grad()
-def plain_loop(process, model, x, steps, time=None):
-    """Ancestral sampling as it is usually written: N passes, a softmax at every slot -> [B, L].
+def plain_loop(process, model, x, time=None):
+    """Ancestral sampling as it is usually written: N passes, a softmax at every position -> [B, L].
 
-    A masked slot is revealed in the step from t to s with chance (t - s)/t, or, with reveal times
-    given, at its own time."""
-    for k in range(steps, 0, -1):
-        t = torch.full((len(x),), k / steps)
+    A mask is revealed in the step from t to s with chance (t - s)/t, or, with reveal times given,
+    at its own time."""
+    N = process.steps
+    for k in range(N, 0, -1):
+        t = torch.full((len(x),), k / N)
         p = model(x, t).softmax(dim=-1)                                             # [B, L, V]
         y = torch.multinomial(p.flatten(0, 1), 1).view_as(x)
         now = torch.rand(x.shape) < 1 / k
         if time is not None:
-            now = (time * steps).round() == k
+            now = (time * N).round() == k
             y = p.argmax(dim=-1)
         x = torch.where((x == process.mask) & now, y, x)
     return x
@@ -200,22 +203,22 @@ def plain_loop(process, model, x, steps, time=None):
 # every path of a sampler
 
 
-def every_path(process, model, L, steps=None, prompt=None):
-    """Every path of the sampler -> (path with the model's logp, log of the rest [B]).
+def every_path(process, model, L, prompt=None):
+    """Everything that the sampler can do -> tokens [B, L]; the path with the model's logp; log of
+    the rest [B].
 
-    The probability of a path is exp(the rest + sum of path.logp); the rest is what else was drawn:
-    the order of the reveals or their times, or the noise that a path starts from."""
-    V = process.vocab_size
-    prompt = torch.full((L,), V) if prompt is None else prompt
-    every = every_mask_path if isinstance(process, Absorbing) else every_grid_path
-    path, rest = every(V, prompt, steps)
+    The probability of a sequence of states is exp(rest + its sum of path.logp); the rest is what
+    else was drawn: the order of the reveals or their times, or the noise at time 1."""
+    prompt = torch.full((L,), process.mask) if prompt is None else prompt
+    every = every_reveal if isinstance(process, Absorbing) else every_walk
+    tokens, path, rest = every(process, prompt)
     with torch.no_grad():
-        path.logp = process.replay(model, path)
-    return path, rest
+        path.logp = process.logp(model, path)
+    return tokens, path, rest
 
 
-def reveals(n, steps):
-    """All reveal times of n slots, and the log-probability of each -> [m, n], [m]."""
+def every_time(n, steps):
+    """All reveal times of n positions, and the log-probability of each -> [m, n], [m]."""
     if steps:                                           # each of the N times is equally likely
         k = torch.tensor(list(itertools.product(range(1, steps + 1), repeat=n)))
         return k / steps, torch.full((len(k),), -n * math.log(steps))
@@ -223,30 +226,39 @@ def reveals(n, steps):
     return (order + 1) / (n + 1), torch.full((len(order),), -math.log(len(order)))
 
 
-def every_mask_path(V, prompt, steps):
-    """All tokens in the free slots, for all reveal times."""
-    free = prompt == V
-    n = int(free.sum())
-    times, rest = reveals(n, steps)
-    tokens = sequences(V, n)
-    x = prompt.repeat(len(times) * len(tokens), 1)
-    time = torch.full(x.shape, math.inf)
-    x[:, free] = tokens.repeat(len(times), 1)
-    time[:, free] = times.repeat_interleave(len(tokens), dim=0)
-    return MaskPath(x, time, None, V), rest.repeat_interleave(len(tokens))
+def every_reveal(process, *prompts):
+    """All tokens in the free positions of prompts [L], for all reveal times."""
+    rows = []
+    for prompt in prompts:
+        free = prompt == process.mask
+        n = int(free.sum())
+        times, rest = every_time(n, process.steps)
+        tokens = sequences(process.vocab_size, n)
+        x = prompt.repeat(len(times) * len(tokens), 1)
+        time = torch.full(x.shape, math.inf)
+        x[:, free] = tokens.repeat(len(times), 1)
+        time[:, free] = times.repeat_interleave(len(tokens), dim=0)
+        rows.append((x, time, rest.repeat_interleave(len(tokens))))
+    tokens, time, rest = map(torch.cat, zip(*rows))
+    return tokens, process.transitions(tokens, time)[0], rest
 
 
-def every_grid_path(V, prompt, steps):
-    """All sequences of states; the start is uniform over those that fit the prompt."""
-    given, states = prompt < V, sequences(V, len(prompt))
+def every_walk(process, prompt):
+    """All sequences of states on the grid; the first is uniform over those that fit the prompt."""
+    N, L, given = process.steps, len(prompt), prompt < process.mask
+    states = sequences(process.vocab_size, L)
     states = states[(states == prompt)[:, given].all(dim=1)]
-    index = torch.tensor(list(itertools.product(range(len(states)), repeat=steps + 1)))
-    time = torch.arange(steps, -1, -1) / steps
-    path = GridPath(states[index].transpose(0, 1), time, None, given.expand(len(index), -1))
-    return path, torch.full((len(index),), -math.log(len(states)))
+    walk = torch.tensor(list(itertools.product(range(len(states)), repeat=N + 1)))
+    walk = states[walk.T]                                                           # [N+1, B, L]
+    B = walk.size(1)
+    k = torch.arange(N, 0, -1).repeat_interleave(B)
+    path = Path(row=torch.arange(B).repeat(N), x=walk[:-1].flatten(0, 1), t=k / N, s=(k - 1) / N,
+                positions=torch.arange(L).expand(N * B, L), y=walk[1:].flatten(0, 1),
+                scored=~given.expand(N * B, L), logp=None, weight=torch.full((N * B,), 1 / B),
+                batch=B)
+    return walk[-1], path, torch.full((B,), -math.log(len(states)))
 
 
 def probability(path, rest, logp=None):
-    """Of every path -> [B]; logp: shaped as path.logp, of another model, differentiable."""
-    return (rest + (path.logp if logp is None else logp).flatten(1).sum(dim=1)).exp()
-
+    """Of all that the sampler can do -> [B]; logp [n, k]: of another model, differentiable."""
+    return (rest + path.per_sequence(path.logp if logp is None else logp)).exp()

@@ -1,18 +1,19 @@
 """Both chains against enumeration. Seeds are fixed; a distribution is rejected at p < 1e-3.
 
-Read first test_the_exact_law_is_the_sum_over_every_path: it ties the sampler's replay to exact_law,
-on which everything in test_sepo.py stands."""
+Read first test_the_exact_law_is_the_sum_over_every_path: it ties the log-probabilities of paths to
+exact_law, on which everything in test_sepo.py stands."""
 import itertools
 import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import sepo
-from diffusion import Absorbing, MaskPath, Uniform, pick, stratified
-from exact import (Posterior, Table, chi_square, corrected_law, every_path, has_bfloat16, kl,
-                   law_given, network, plain_loop, posterior_table, probability, random_law, rank,
-                   sequences)
+from diffusion import Absorbing, Path, Uniform, gumbel_argmax, pick, stratified
+from exact import (Posterior, Table, chi_square, corrected_law, every_path, gradient, has_bfloat16,
+                   kl, law_given, network, plain_loop, posterior_table, probability, random_law,
+                   rank, sequences)
 from model import Denoiser
 
 P_MIN = 1e-3
@@ -32,14 +33,14 @@ def model_for(chain, V, L, **config):
     (Absorbing, None, PROMPT), (Absorbing, 3, PROMPT),
     (Uniform, 1, None), (Uniform, 4, None), (Uniform, 3, PROMPT)])
 def test_samples_follow_the_exact_law(chain, steps, prompt):
-    model, process = model_for(chain, 3, 4), chain(3)
+    model, process = model_for(chain, 3, 4), chain(3, steps)
     torch.manual_seed(1)
-    law = law_given(process, model, 4, steps, prompt)
-    path = process.sample(model, 10_000, 4, steps, prompt)
+    law = law_given(process, model, 4, prompt)
+    tokens, _ = process.sample(model, 10_000, 4, prompt)
     assert law.sum().item() == pytest.approx(1, abs=1e-5)
-    assert chi_square(path.tokens, law, 3) > P_MIN
+    assert chi_square(tokens, law, 3) > P_MIN
     if prompt is not None:
-        assert (path.tokens == prompt)[:, prompt < 3].all()
+        assert (tokens == prompt)[:, prompt < 3].all()
 
 
 @pytest.mark.parametrize("chain, steps, prompt", [
@@ -47,29 +48,28 @@ def test_samples_follow_the_exact_law(chain, steps, prompt):
     (Uniform, 2, None), (Uniform, 2, torch.tensor([2, 1, 2]))])
 def test_the_exact_law_is_the_sum_over_every_path(chain, steps, prompt):
     V, L = 2, 3
-    model, process = model_for(chain, V, L), chain(V)
-    path, other = every_path(process, model, L, steps, prompt)
-    p = probability(path, other)
-    law = torch.zeros(V ** L).index_add(0, rank(path.tokens, V), p)
-    assert torch.allclose(law.double(), law_given(process, model, L, steps, prompt), atol=1e-6)
+    model, process = model_for(chain, V, L), chain(V, steps)
+    tokens, path, rest = every_path(process, model, L, prompt)
+    law = torch.zeros(V ** L).index_add(0, rank(tokens, V), probability(path, rest))
+    assert torch.allclose(law.double(), law_given(process, model, L, prompt), atol=1e-6)
 
 
 def test_a_grid_changes_the_law_and_chi_square_sees_it():
-    model, process = network(3, 4), Absorbing(3)
+    model = network(3, 4)
     torch.manual_seed(2)
-    tokens = process.sample(model, 10_000, 4, steps=1).tokens
-    assert chi_square(tokens, process.exact_law(model, 4), 3) < 1e-6
+    tokens, _ = Absorbing(3, steps=1).sample(model, 10_000, 4)
+    assert chi_square(tokens, Absorbing(3).exact_law(model, 4), 3) < 1e-6
 
 
 def test_time_conditioned_masks_follow_the_exact_law_on_a_grid():
-    model, process = network(3, 3, time_conditioning=True), Absorbing(3)
+    model, process = network(3, 3, time_conditioning=True), Absorbing(3, steps=4)
     torch.manual_seed(4)
-    law = process.exact_law(model, 3, 4)
-    assert chi_square(process.sample(model, 10_000, 3, 4).tokens, law, 3) > P_MIN
+    tokens, _ = process.sample(model, 10_000, 3)
+    assert chi_square(tokens, process.exact_law(model, 3), 3) > P_MIN
 
 
 def test_the_exact_law_without_a_grid_gives_the_model_the_mean_time_of_each_state():
-    """m of L slots are masked just before event L - m, at time m / (L + 1) on average."""
+    """A reveal of one of m masks among L positions is at time m / (L + 1) on average."""
     seen = {}
 
     def model(x, t):
@@ -82,42 +82,43 @@ def test_the_exact_law_without_a_grid_gives_the_model_the_mean_time_of_each_stat
 
 
 def test_the_exact_law_reaches_below_the_smallest_float32():
-    """Letter 1 has probability e^-300 in each of two slots; on a grid e^-150."""
+    """Letter 1 has probability e^-300 in each of two positions; on a grid e^-150."""
     def model(x, t):
         return torch.stack((torch.zeros(x.shape), torch.full(x.shape, -150.0)), dim=-1)
     law = Absorbing(2).exact_law(model, 2)
     assert law.dtype == torch.double and law[3].log().item() == pytest.approx(-300)
-    assert Absorbing(2).exact_law(model, 2, 4)[1].log().item() == pytest.approx(-150)
+    assert Absorbing(2, steps=4).exact_law(model, 2)[1].log().item() == pytest.approx(-150)
 
 
 def test_the_plain_loop_follows_the_exact_law():
-    model, process = network(3, 3), Absorbing(3)
+    model, process = network(3, 3), Absorbing(3, steps=3)
     torch.manual_seed(5)
-    tokens = plain_loop(process, model, torch.full((10_000, 3), 3), steps=3)
-    assert chi_square(tokens, process.exact_law(model, 3, 3), 3) > P_MIN
+    tokens = plain_loop(process, model, torch.full((10_000, 3), 3))
+    assert chi_square(tokens, process.exact_law(model, 3), 3) > P_MIN
 
 
 def test_a_consistent_model_has_its_own_law():
-    p0, process = random_law(3, 3), Absorbing(3)
+    p0 = random_law(3, 3)
     model = posterior_table(p0, 3, 3)
-    assert torch.allclose(process.exact_law(model, 3), p0.double(), atol=1e-6)
-    slots = torch.rand(3, 3, generator=torch.Generator().manual_seed(0)).softmax(1)
-    product = torch.einsum("a,b,c->abc", *slots).flatten()      # independent: no grid error
-    law = process.exact_law(posterior_table(product, 3, 3), 3, steps=2)
+    assert torch.allclose(Absorbing(3).exact_law(model, 3), p0.double(), atol=1e-6)
+    torch.manual_seed(0)
+    positions = torch.rand(3, 3).softmax(1)
+    product = torch.einsum("a,b,c->abc", *positions).flatten()  # independent: no grid error
+    law = Absorbing(3, steps=2).exact_law(posterior_table(product, 3, 3), 3)
     assert torch.allclose(law, product.double(), atol=1e-6)
 
 
 def test_the_uniform_posterior_gives_back_the_data_as_the_grid_gets_finer():
     p0 = random_law(3, 3)
     model = Posterior(p0, 3, 3)
-    gap = [kl(p0, Uniform(3).exact_law(model, 3, N).detach()) for N in (4, 16, 64)]
+    gap = [kl(p0, Uniform(3, N).exact_law(model, 3).detach()) for N in (4, 16, 64)]
     assert gap[0] > 4 * gap[1] > 16 * gap[2] and gap[2] < 1e-3
 
 
 def test_the_uniform_law_is_the_product_of_transition_matrices():
     """From Bayes: p(y|x) = prod_i sum_a p(a|x) q_s(y_i|a) q_{t|s}(x_i|y_i) / q_t(x_i|a)."""
     V, L, N = 2, 2, 3
-    model, process, x = model_for(Uniform, V, L), Uniform(V), sequences(V, L)
+    model, process, x = model_for(Uniform, V, L), Uniform(V, N), sequences(V, L)
     law = torch.full((V ** L,), V ** -L)
 
     def q(a, b, keep):
@@ -132,143 +133,265 @@ def test_the_uniform_law_is_the_product_of_transition_matrices():
                 matrix[b, c] *= sum(p[b, i, a] * q(Y, a, 1 - s) * q(X, Y, (1 - t) / (1 - s))
                                     / q(X, a, 1 - t) for a in range(V))
             law = law @ matrix
-        assert torch.allclose(process.exact_law(model, L, N), law.double(), atol=1e-6)
+        assert torch.allclose(process.exact_law(model, L), law.double(), atol=1e-6)
 
 
 # -----------------------------------------------------------------------------
-# the event loop and its paths
+# the sampler and its path
 
 
 @pytest.mark.parametrize("time_conditioning, conv", [(False, 0), (True, 5)])
 @pytest.mark.parametrize("steps", [16, 200])
-def test_event_loop_and_plain_loop_draw_the_same_tokens(steps, time_conditioning, conv):
-    """Same reveal times, same Gumbel noise (one draw per slot, so large in the logits that the
-    sampler's own noise does not count), prompts of 0 to 64 slots: the same tokens."""
+def test_the_sampler_and_the_plain_loop_draw_the_same_tokens(steps, time_conditioning, conv):
+    """Same reveal times, same Gumbel noise (one draw per position, so large in the logits that the
+    sampler's own noise does not count), prompts of 0 to 64 tokens: the same tokens."""
     V, L, B = 7, 64, 8
     inner = network(V, L, scale=0.7, time_conditioning=time_conditioning, conv=conv)
-    process = Absorbing(V)
-    generator = torch.Generator().manual_seed(6)
-    noise = -torch.empty(L, V).exponential_(generator=generator).log()
+    process = Absorbing(V, steps)
+    torch.manual_seed(6)
+    noise = -torch.empty(L, V).exponential_().log()
     given = torch.arange(L) < torch.tensor([0, 0, 5, 17, 30, 50, 63, 64])[:, None]
-    x = torch.where(given, torch.randint(V, (B, L), generator=generator), V)
-    time = process.reveal_times(given, steps, generator=generator)
+    x = torch.where(given, torch.randint(V, (B, L)), V)
+    time = process.reveal_times(~given)
 
     def model(x, t):
         return 1e6 * (inner(x, t) + noise)
-    path = process.reveal(model, x, time)
-    assert (path.tokens == plain_loop(process, model, x, steps, time)).all()
+    tokens, path = process.reverse(model, x, *process.transitions(x, time))
+    assert (tokens == plain_loop(process, model, x, time)).all()
     distinct = [len(set(row[row.isfinite()].tolist())) for row in time]
-    assert path.n_events.tolist() == distinct
+    assert path.row.bincount(minlength=B).tolist() == distinct
 
 
 def test_passes_are_those_of_the_rows_that_are_not_done():
-    process, calls = Absorbing(5), []
+    process, calls = Absorbing(5, steps=64), []
 
     def model(x, t):
         calls.append(len(x))
         return torch.zeros(*x.shape, 5)
     torch.manual_seed(7)
-    path = process.sample(model, 16, 32, steps=64)
-    assert len(calls) == path.n_events.max() <= 32
-    assert sum(calls) == path.n_events.sum() == len(path.visits[0])
+    _, path = process.sample(model, 16, 32)
+    assert len(calls) == path.row.bincount().max() <= 32
+    assert sum(calls) == len(path)
 
 
 def test_reveal_times_are_uniform_up_to_their_start_and_never_tie():
     """20 million pairs of float32 numbers would tie some hundred times. On a grid of ten steps from
     0.3 on, the three steps are equally likely."""
     torch.manual_seed(3)
-    process, n = Absorbing(2), 10_000
-    time = process.reveal_times(torch.zeros(200, 450, dtype=torch.bool), start=0.8)
+    time = Absorbing(2).reveal_times(torch.ones(200, 450, dtype=torch.bool), start=0.8)
     assert time.dtype == torch.double
     assert (time.sort(dim=1).values.diff(dim=1) > 0).all() and time.max() <= 0.8
     assert abs(time.mean().item() - 0.4) < 4 * 0.8 / 12 ** 0.5 / 90_000 ** 0.5
-    given = torch.zeros(n, 2, dtype=torch.bool)
-    given[:, 1] = True
-    time = process.reveal_times(given, steps=10, start=0.3)
+    n, free = 10_000, torch.tensor([True, False])
+    time = Absorbing(2, steps=10).reveal_times(free.expand(n, 2), start=0.3)
     counts = (time[:, 0] * 10).round().long().bincount()
     assert time[:, 1].isinf().all() and len(counts) == 4 and counts[0] == 0
     assert ((counts[1:] - n / 3).abs() < 4 * (n * 2 / 9) ** 0.5).all()
 
 
+def leads_to(path, tokens):
+    """Every transition leads to the state of the next one of its sequence, the last to the tokens.
+    """
+    path = path[path.row.argsort(stable=True)]
+    before = path.x.gather(1, path.positions)
+    after = path.x.scatter(1, path.positions, path.y.where(path.scored, before))
+    is_last = path.row != F.pad(path.row[1:], (0, 1), value=-1)
+    assert torch.equal(after, torch.where(is_last[:, None], tokens[path.row], path.x.roll(-1, 0)))
+    assert (path.t.roll(-1) < path.t)[~is_last].all()
+
+
 @pytest.mark.parametrize("chain, steps", [(Absorbing, None), (Absorbing, 4), (Uniform, 5)])
-def test_a_path_rebuilds_every_state_and_its_log_probabilities(chain, steps):
+def test_a_path_holds_what_the_model_saw_and_what_was_drawn(chain, steps):
     V, L, B = 5, 9, 16
-    model, process = network(V, L, time_conditioning=True), chain(V)
+    model, process = network(V, L, time_conditioning=True), chain(V, steps)
     prompt = torch.full((B, L), V)
     prompt[3:, 2], prompt[7, :] = 1, 0                          # row 7 has nothing to draw
-    visited = []
+    seen = []
 
     def spy(x, t):
-        visited.append((x.clone(), t.clone()))
+        seen.append(torch.cat((x, t[:, None]), dim=1))
         return model(x, t)
     torch.manual_seed(8)
-    path = process.sample(spy, B, L, steps, prompt)
-    assert (path.state(int(path.n_events.max())) == path.tokens).all()
-    assert (path.logp.transpose(1, -1)[path.given] == 0).all() if chain is Uniform else \
-        ((path.logp == 0) == path.given).all()
-    for j, (x, t) in enumerate(visited):
-        rows = path.n_events > j
-        assert sorted(path.state(j)[rows].tolist()) == sorted(x.tolist())   # the loop sorts rows
-        view = path.view(rows.nonzero().squeeze(1), torch.full((int(rows.sum()),), j))
-        assert sorted(view.t.tolist()) == pytest.approx(sorted(t.tolist()))
-        logp = process.logp(model, view)
-        assert torch.allclose(logp[view.scored], view.logp_old[view.scored], atol=1e-4)
-    for chunk in (None, 10):
-        assert torch.allclose(process.replay(model, path, chunk), path.logp, atol=1e-4)
+    tokens, path = process.sample(spy, B, L, prompt)
+    saw = torch.cat((path.x, path.t[:, None]), dim=1)
+    assert sorted(saw.tolist()) == sorted(torch.cat(seen).tolist())
+    assert (path.logp[path.scored] < 0).all() and (path.logp[~path.scored] == 0).all()
+    leads_to(path, tokens)
+    assert torch.allclose(path.s, path.t - (1 / steps if steps else 0))
+    given = prompt < V
+    assert torch.equal(tokens[given], prompt[given]) and not (path.scored & given[path.row].gather(
+        1, path.positions)).any()
+    if chain is Absorbing:                                      # it starts from the masks
+        first = (path.x == V).sum(dim=1) == (prompt == V).sum(dim=1)[path.row]
+        assert sorted(path.row[first].tolist()) == [b for b in range(B) if b != 7]
+        assert torch.equal(path.x[first], prompt[path.row[first]])
+    else:
+        assert path.row.bincount().tolist() == [steps] * B
+    for process.chunk in (2048, 10):
+        assert torch.allclose(process.logp(model, path), path.logp, atol=1e-4)
 
 
-def test_a_view_draws_every_event_equally_often_and_weighs_it_by_their_number():
-    """300 paths of 3 events: one uniform per path and cell, so the counts are exact."""
-    process, model = Absorbing(2), Table(2, 3)
-    path = process.sample(model, 300, 3)
+def test_the_transitions_of_a_path_by_hand():
+    """Two positions at once, given positions, and a row with nothing to draw."""
+    inf, M = math.inf, 5
+    tokens = torch.tensor([[0, 1, 2, 3], [4, 0, 1, 2], [3, 4, 0, 1]])
+    time = torch.tensor([[0.5, 1.0, 0.5, 0.25], [inf, 0.1, 0.2, inf], [inf] * 4])
+    path, sizes = Absorbing(5, steps=20).transitions(tokens, time)
+    assert path.batch == 3 and sizes == [2, 2, 1]
+    assert torch.allclose(path.weight, torch.tensor(1 / 3)) and len(path) == 5
+
+    def transition(i):
+        drawn = torch.stack((path.positions[i], path.y[i]), dim=1)[path.scored[i]]
+        t, s = round(path.t[i].item(), 4), round(path.s[i].item(), 4)
+        return path.row[i].item(), path.x[i].tolist(), t, s, sorted(drawn.tolist())
+    assert [transition(i) for i in range(5)] == [               # first ones, second ones, third
+        (0, [M, M, M, M], 1.0, 0.95, [[1, 1]]), (1, [4, M, M, 2], 0.2, 0.15, [[2, 1]]),
+        (0, [M, 1, M, M], 0.5, 0.45, [[0, 0], [2, 2]]), (1, [4, M, 1, 2], 0.1, 0.05, [[1, 0]]),
+        (0, [0, 1, 2, M], 0.25, 0.2, [[3, 3]])]
+
+
+def test_subset_draws_every_transition_equally_often():
+    """300 sequences of 3 transitions: one uniform per sequence and cell: the counts are exact."""
     time = torch.tensor([0.2, 0.9, 0.5]).double().expand(300, 3)
-    path = MaskPath(path.tokens, time, path.logp, 2)
-    for events in (1, 3):
-        view = sepo.draw_view(process, model, path, events)
-        assert view.slots.flatten().bincount().tolist() == [100 * events] * 3
-        assert torch.allclose(view.weight, torch.tensor(3 / events / 300))
-    several = sepo.draw_view(process, model, path, 3)
-    per_path = several.event[several.row.argsort(stable=True)].view(300, 3)
-    assert (per_path.sort(dim=1).values == torch.arange(3)).all()       # each event once
+    path, _ = Absorbing(2).transitions(torch.zeros(300, 3, dtype=torch.long), time)
+    for transitions in (1, 3):
+        part = path.subset(transitions)
+        assert part.positions.flatten().bincount().tolist() == [100 * transitions] * 3
+        assert torch.allclose(part.weight, torch.tensor(3 / transitions / 300))
+    each = part.positions[part.row.argsort(stable=True)].view(300, 3).sort(dim=1).values
+    assert (each == torch.arange(3)).all()                      # each transition once
+    assert path.subset(0) is path
+
+
+@pytest.mark.parametrize("transitions", [1, 2])
+def test_subset_is_unbiased_and_knows_sequences_without_a_transition(transitions):
+    """Sequences with 0, 1, 2 and 5 transitions, 500 of each, which draw one token per transition;
+    transition j of 5 has the value 1 + j^2."""
+    n, B, L = 500, 2000, 5
+    count = torch.tensor([0, 1, 2, 5]).repeat(n)
+    time = torch.arange(L, 0, -1).double() / 10
+    time = time.where(torch.arange(L) < count[:, None], math.inf)
+    path, _ = Absorbing(2).transitions(torch.zeros(B, L, dtype=torch.long), time)
+    torch.manual_seed(0)
+    part = path.subset(transitions)
+    assert part.row.bincount().tolist() == [transitions] * B
+    assert torch.allclose(part.weight, count[part.row] / (transitions * B))
+    assert (part.scored.any(dim=1) == (count > 0)[part.row]).all()
+    for c in (1, 2, 5):                                         # the position is the transition
+        drawn = part.positions[(count == c)[part.row], 0].bincount(minlength=c)
+        total = transitions * n
+        assert ((drawn - total / c).abs() <= 4 * (total / c * (1 - 1 / c)) ** 0.5).all()
+
+    def mean(path):
+        value = (1 + path.positions ** 2) * path.scored
+        return (path.weight[:, None] * value).sum().item()
+    assert mean(path) == pytest.approx((1 + 3 + 35) / 4)
+    assert mean(part) == pytest.approx(mean(path), rel=0.05)
+    assert part.per_sequence(torch.ones(len(part), 1))[::4].tolist() == [0.0] * n
+
+
+def test_a_part_of_a_path_keeps_its_weights():
+    path = Absorbing(2).path_to(torch.zeros(4, 3, dtype=torch.long))
+    path.weight = torch.arange(12.0)
+    for index in (slice(3, 5), torch.tensor([7, 0, 0]), path.row == 2):
+        part = path[index]
+        assert torch.equal(part.weight, path.weight[index]) and torch.equal(part.x, path.x[index])
+        assert part.batch == 4 and part.logp is None and len(part) == len(path.row[index])
+
+
+def test_per_sequence_by_hand():
+    n, k = 4, 2
+    zeros = torch.zeros(n, k, dtype=torch.long)
+    scored = torch.tensor([[True, True], [True, False], [False, False], [True, True]])
+    path = Path(torch.tensor([0, 2, 0, 2]), zeros, zeros[:, 0], zeros[:, 0], zeros, zeros, scored,
+                None, torch.ones(n), batch=4)
+    values = torch.tensor([[1.0, 2.0], [4.0, 8.0], [16.0, 32.0], [64.0, 128.0]])
+    assert path.per_sequence(values).tolist() == [3, 0, 196, 0]
+    assert path.per_sequence(values[:, 0]).tolist() == [17, 0, 68, 0]
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+def test_log_probabilities_do_not_depend_on_the_chunk(chain):
+    """Neither values nor gradients; a chunk is the largest number of states in a pass."""
+    V, L = 3, 5
+    model, process, states = model_for(chain, V, L), chain(V, steps=6), []
+    torch.manual_seed(10)
+    _, path = process.sample(model, 8, L)
+    c = torch.randn(path.y.shape)
+
+    def spy(x, t):
+        states.append(len(x))
+        return model(x, t)
+    by_hand = 0.0
+    for i in range(len(path)):                                  # one state after the other
+        log_p = process.log_probs(model, path[i:i + 1])[0]
+        by_hand = by_hand + (c[i] * pick(log_p, path.y[i]) * path.scored[i]).sum()
+    results = [path.logp, gradient(by_hand, model)]
+    for process.chunk in (len(path), len(path) - 1, 7):
+        states.clear()
+        logp = process.logp(spy, path)
+        assert sum(states) == len(path) and max(states) <= process.chunk
+        for result, known in zip((logp, gradient((c * logp).sum(), model)), results):
+            assert torch.allclose(result, known, rtol=1e-6, atol=1e-6 * known.abs().max().item())
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+def test_every_path_is_on_the_grid_of_the_process(chain):
+    model, process, times = model_for(chain, 3, 4), chain(3, steps=2), []
+    tokens, drawn = process.sample(model, 50, 4)
+    noised = process.path_to(tokens)
+    _, corrected = process.correct_path(model, tokens, tokens < 0, 0.6, 1)
+    for path, expected in ((drawn, [0.5, 1]), (noised, [0.5, 1]), (corrected, [0.5])):
+        assert path.t.unique().tolist() == expected and torch.equal(path.s, path.t - 0.5)
+
+    def spy(x, t):
+        times.extend(t.tolist())
+        return model(x, t)
+    process.exact_law(spy, 4)
+    assert set(times) == {1, 0.5}
+    assert Absorbing(3).steps is None and Uniform(3).steps == 16
 
 
 @pytest.mark.parametrize("chain, steps", [(Absorbing, None), (Absorbing, 4), (Uniform, 4)])
 def test_the_forward_process_read_backwards_ends_in_its_tokens(chain, steps):
-    """Its states have the distribution of `corrupt` at their times, and replay scores them."""
-    V, n, process = 3, 8000, chain(3)
+    """Its states have the distribution of `corrupt` at their times, and logp scores them."""
+    V, n, process = 3, 8000, chain(3, steps)
     tokens, given = torch.tensor([0, 2, 1]).repeat(n, 1), torch.zeros(n, 3, dtype=torch.bool)
     given[:, 1] = True
     torch.manual_seed(4)
-    path = process.path_to(tokens, given, steps)
-    assert (path.tokens == tokens).all() and (path.given == given).all() and path.logp is None
-    assert (process.path_to(tokens, None, steps).given == torch.zeros(n, 3, dtype=torch.bool)).all()
-    states = [path.state(j) for j in range(int(path.n_events.max()) + 1)]
-    assert all((x[:, 1] == 2).all() for x in states)
-    if chain is Absorbing and steps is None:                    # one of two slots is left
-        assert abs((states[1] == 3).double().mean().item() * 3 - 1) < 1e-9
-        first = (states[1][:, 0] == 3).double().mean().item()
-        assert abs(first - 0.5) < 4 * 0.5 / n ** 0.5
+    path = process.path_to(tokens, given)
+    leads_to(path, tokens)
+    assert path.logp is None and path.batch == n and (path.x[:, 1] == 2).all()
+    assert not (path.scored & (path.positions == 1)).any()
     if chain is Uniform:
-        for j, t in enumerate(path.time.tolist()):
-            kept = (states[j][:, 0] == 0).double().mean().item()
-            chance = (1 - t) + t / V
+        for t in path.t.unique():
+            kept = (path.x[path.t == t][:, 0] == 0).double().mean().item()
+            chance = 1 - t.item() + t.item() / V
             assert abs(kept - chance) <= 4 * (chance * (1 - chance) / n) ** 0.5 + 1e-9
-    if chain is Absorbing and steps:
-        masked = (path.time[:, [0, 2]] > 0.5).double().mean().item()    # still masked at t = 1/2
-        assert abs(masked - 0.5) < 4 * 0.5 / (2 * n) ** 0.5
-    logp = process.replay(network(V, 3, time_conditioning=True), path)
+    elif steps:
+        early = (path.t[:, None] > 0.5).expand_as(path.scored)[path.scored]     # masks at t = 1/2
+        assert len(early) == 2 * n and abs(early.double().mean() - 0.5) < 4 * 0.5 / (2 * n) ** 0.5
+    else:
+        assert (path.x[:n, [0, 2]] == 3).all()
+        left = path.x[n:, [0, 2]] == 3                          # one of two positions is left
+        assert (left.sum(dim=1) == 1).all() and len(left) == n
+        assert abs(left[:, 0].double().mean().item() - 0.5) < 4 * 0.5 / n ** 0.5
+    logp = process.logp(network(V, 3, time_conditioning=True), path)
     assert logp.isfinite().all() and (logp < 0).any()
+    scored = process.path_to(tokens).scored.sum()               # nothing is given
+    assert scored == 3 * n * (steps if chain is Uniform else 1)
 
 
 def test_a_path_with_nothing_to_draw():
     model, process = network(3, 4), Absorbing(3)
-    path = process.sample(model, 5, 4, prompt=torch.tensor([0, 1, 2, 0]))
-    assert (path.tokens == torch.tensor([0, 1, 2, 0])).all() and (path.n_events == 0).all()
-    assert (process.replay(model, path) == 0).all()
-    for events in (0, 1):
-        view = sepo.draw_view(process, model, path, events)
-        assert sepo.sepo_loss(process, model, view, torch.ones(5)) == (0, 0)
-        assert sepo.loop_loss(process, model, view, torch.ones(5)) == (0, 0)
+    prompt = torch.tensor([0, 1, 2, 0])
+    tokens, path = process.sample(model, 5, 4, prompt)
+    assert (tokens == prompt).all() and len(path) == 0
+    for part in (path, path.subset(0), path.subset(1)):
+        logp = process.logp(model, part)
+        assert logp.shape == part.y.shape and part.per_sequence(logp).tolist() == [0] * 5
+        assert sepo.sepo_loss(logp, part, torch.ones(5)) == (0, 0)
+        assert sepo.loop_loss(logp, part, torch.ones(5)) == (0, 0)
 
 
 def test_a_fine_grid_near_time_zero_stays_finite():
@@ -289,47 +412,84 @@ def test_a_users_network_may_have_layers_named_hidden_and_head():
         def forward(self, x, t):
             return self.hidden(torch.nn.functional.one_hot(x, 4).float())
     torch.manual_seed(17)
-    assert Absorbing(3).sample(Foreign(), 4, 5).tokens.max() < 3
+    assert Absorbing(3).sample(Foreign(), 4, 5)[0].max() < 3
 
 
 def test_forbidden_tokens_and_padding_give_no_nan():
-    """Logits of -inf: a token that is never drawn, and a slot of which nothing is known."""
-    process = Absorbing(3)
+    """Logits of -inf: a token that is never drawn, and a position of which nothing is known."""
+    process = Absorbing(3, steps=2)
 
     def model(x, t):
         logits = torch.zeros(*x.shape, 3, requires_grad=True) + 0
         logits[..., 2] = -math.inf
-        logits[x == 0] = -math.inf                              # revealed slots, as some models do
+        logits[x == 0] = -math.inf                              # if revealed, as some models do
         return logits
-    path = process.sample(model, 50, 4, steps=2)
-    assert (path.tokens < 2).all()
-    assert process.replay(model, path).isfinite().all()
-    loss, _ = sepo.sepo_loss(process, model, sepo.draw_view(process, model, path), torch.ones(50))
-    assert loss.isfinite()
+    tokens, path = process.sample(model, 50, 4)
+    assert (tokens < 2).all() and (~path.scored).any()
+    logp = process.logp(model, path)
+    assert logp.isfinite().all() and sepo.sepo_loss(logp, path, torch.ones(50))[0].isfinite()
 
 
 @pytest.mark.skipif(not has_bfloat16(), reason="torch has no bfloat16 here")
 def test_bfloat16_keeps_the_log_probabilities():
-    model, process = network(27, 64, n_layer=2, n_embd=128), Absorbing(27)
+    model, process = network(27, 32, n_layer=2, n_embd=128), Absorbing(27)
     torch.manual_seed(16)
-    path = process.sample(model, 8, 64)
+    _, path = process.sample(model, 8, 32)
     rough = Denoiser(model.config, torch.bfloat16).eval()
     rough.load_state_dict(model.state_dict())
-    half = process.replay(rough, path)
+    half = process.logp(rough, path)
     assert half.dtype == torch.float32 and 0 < (half - path.logp).abs().max() < 0.2
-
-
-def test_events_by_hand():
-    inf = math.inf
-    time = torch.tensor([[0.5, 1.0, 0.5, 0.25], [inf, 0.1, 0.2, inf], [inf] * 4])
-    event = MaskPath(time, time, time, 0).event
-    assert event.tolist() == [[1, 0, 1, 2], [-1, 1, 0, -1], [-1] * 4]
 
 
 def test_stratified_puts_one_uniform_in_each_cell():
     torch.manual_seed(0)
     u = stratified(50)
     assert (u.mul(50).long().sort().values == torch.arange(50)).all() and u.max() < 1
+
+
+def test_unlikely_letters_are_drawn_among_very_many(monkeypatch):
+    """On a GPU the smallest exponential is eps/2 of its dtype: 2^-24 in float32, which ends the
+    Gumbel noise at 16.6. Here one of 262,144 letters has 2^-40, so 27.7, and beats a logit of 20.
+    """
+    def as_on_a_gpu(x):
+        x.fill_(1)[..., 7] = 2 ** -40
+        return x.clamp_(min=torch.finfo(x.dtype).eps / 2)
+    monkeypatch.setattr(torch.Tensor, "exponential_", as_on_a_gpu)
+    logits = torch.zeros(2, 262_144)
+    logits[:, 0] = torch.tensor([20, 30])
+    assert gumbel_argmax(logits).tolist() == [7, 0]
+
+# -----------------------------------------------------------------------------
+# what cannot be
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+@pytest.mark.parametrize("shape", [(2, 3, 5), (2, 4, 4), (2, 4), (2, 3), (2, 3, 4, 1), (4,)])
+def test_a_model_of_the_wrong_shape_gets_one_clear_line(chain, shape):
+    """For two sequences of three positions and four letters it must return [2, 3, 4]."""
+    with pytest.raises(ValueError, match=r"it must return \[B, L, 4\], without a logit") as error:
+        chain(4).sample(lambda x, t: torch.zeros(shape), 2, 3)
+    assert "\n" not in str(error.value) and str(shape) in str(error.value)
+    with pytest.raises(ValueError, match="without a logit"):
+        chain(4).sample(model_for(chain, 5, 3), 2, 3)           # a Denoiser for one letter more
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+@pytest.mark.parametrize("prompt", [torch.tensor([0, 4, 3]), torch.tensor([0, -1, 3]), "abc",
+                                    [0, 1, 3], torch.tensor([0, 3]), torch.zeros(3),
+                                    torch.zeros(3, dtype=torch.bool),
+                                    torch.tensor([[0, 4, 3], [0, 1, 2]])])
+def test_a_prompt_that_cannot_be_is_refused(chain, prompt):
+    with pytest.raises(ValueError, match="tokens from 0 to 3, where 3 is a free position") as error:
+        chain(3).sample(model_for(chain, 3, 3), 2, 3, prompt)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("chain, V, L", [(Absorbing, 3, 9), (Uniform, 2, 11), (Uniform, 9, 5)])
+def test_a_space_that_is_too_large_is_not_enumerated(chain, V, L):
+    assert not chain(V).is_small(L) and chain(V).is_small(2)
+    with pytest.raises(ValueError, match=f"{V} letters at {L} positions are too many"):
+        chain(V).exact_law(lambda x, t: 1 / 0, L)
 
 # -----------------------------------------------------------------------------
 # forward process, score, loss
@@ -365,7 +525,7 @@ def test_log_score_is_the_ratio_of_the_noised_law(chain):
     for n, i, v in itertools.product(range(len(states)), range(L), range(V)):
         y = states[n].clone()
         y[i] = v
-        if chain is Absorbing and states[n, i] < V:             # a revealed slot cannot change
+        if chain is Absorbing and states[n, i] < V:             # what is revealed cannot change
             assert log_s[n, i, v] == (0 if v == states[n, i] else -math.inf)
         else:
             ratio = (p_t[rank(y[None], W)] / p_t[n]).item()
@@ -378,14 +538,13 @@ def score_entropy(s, r):
 
 
 def test_the_absorbing_loss_is_score_entropy_and_weighted_cross_entropy():
-    """At every masked slot, sum_v rate * integrand(s_v, r_v), r_v = [v = x0] alpha / (1 - alpha):
+    """At every mask, sum_v rate * integrand(s_v, r_v), r_v = [v = x0] alpha / (1 - alpha):
     the terms without x0 sum to a constant, so it is -log p(x0) times alpha / (1 - alpha)."""
     V, L = 5, 6
     model, process = network(V, L), Absorbing(V)
-    generator = torch.Generator().manual_seed(11)
-    x0 = torch.randint(V, (64, L), generator=generator)
-    t = 0.05 + 0.9 * torch.rand(64, generator=generator)
     torch.manual_seed(11)
+    x0 = torch.randint(V, (64, L))
+    t = 0.05 + 0.9 * torch.rand(64)
     x = process.corrupt(x0, t)
     odds = ((1 - t) / t)[:, None].double()
     s = process.log_score(model, x, t).exp().double()                               # [B, L, V]
@@ -396,11 +555,12 @@ def test_the_absorbing_loss_is_score_entropy_and_weighted_cross_entropy():
     assert torch.allclose(entropy[masked], cross_entropy[masked], atol=1e-4)
 
 
-def test_the_mean_absorbing_loss_is_the_bound_written_out():
+@pytest.mark.parametrize("steps", [None, 2])
+def test_the_mean_absorbing_loss_is_the_bound_written_out(steps):
     """For every x0, over all masked subsets: the mean over m of n/m times the mean over subsets of
-    size m. Slots that are given are neither masked nor scored."""
+    size m. Given positions are neither masked nor scored; the grid is that of sampling alone."""
     V, L, n = 2, 3, 10_000
-    model, process = network(V, L), Absorbing(V)
+    model, process = network(V, L), Absorbing(V, steps)
     x0 = torch.tensor([1, 0, 1])
     torch.manual_seed(3)
     for given in (torch.tensor([False] * 3), torch.tensor([True, False, False])):
@@ -467,7 +627,7 @@ def test_the_mean_uniform_loss_of_the_true_posterior_is_the_entropy():
     assert abs(losses.mean().item() - entropy) < 4 * losses.std().item() / n ** 0.5
 
 
-def test_given_slots_are_neither_noised_nor_scored_on_the_uniform_chain():
+def test_given_positions_are_neither_noised_nor_scored_on_the_uniform_chain():
     V, seen = 3, []
     inner = model_for(Uniform, V, 4)
     x0 = torch.randint(V, (500, 4), generator=torch.Generator().manual_seed(0))
@@ -494,10 +654,10 @@ def bound_of(process, model, x0, draws=1000):
 @pytest.mark.parametrize("chain, steps", [(Absorbing, None), (Uniform, 64)])
 def test_the_loss_bounds_minus_log_of_the_exact_law(chain, steps):
     V, L = 3, 2
-    model, process = model_for(chain, V, L, scale=0.7), chain(V)
+    model, process = model_for(chain, V, L, scale=0.7), chain(V, steps)
     torch.manual_seed(8)
     bound, error = bound_of(process, model, sequences(V, L))
-    gap = bound + process.exact_law(model, L, steps).detach().log()
+    gap = bound + process.exact_law(model, L).detach().log()
     assert (gap > -4 * error).all() and gap.mean() > 0.005 and (error < 0.2 * bound).all()
 
 
@@ -563,40 +723,49 @@ def test_the_corrector_draws_from_its_matrix_and_keeps_what_is_given(chain):
     x = process.correct(model, states[1].expand(10_000, 3), 0.4, 3)
     assert chi_square(x, matrix[1], states.max().item() + 1) > P_MIN
     given = torch.tensor([True, False, False]).expand(500, 3)
+    moved, jump_probs = [], process.jump_probs
+    process.jump_probs = lambda *a: moved.append(a[-1]) or jump_probs(*a)
     y = process.correct(model, states[1].expand(500, 3), 0.4, 9, given)
     assert (y[:, 0] == states[1, 0]).all() and (y[:, 1:] != states[1, 1:]).any()
+    assert torch.cat(moved).unique().tolist() == [1, 2]         # no move is wasted
 
 
 @pytest.mark.parametrize("chain, steps", [(Absorbing, None), (Absorbing, 64), (Uniform, 128)])
 def test_sampling_with_a_corrector_has_the_law_of_a_consistent_model(chain, steps):
     p0 = random_law(2, 3, spread=1.5)
     model = posterior_table(p0, 2, 3) if chain is Absorbing else Posterior(p0, 2, 3)
-    process = chain(2)
+    process = chain(2, steps)
     torch.manual_seed(12)
-    path = process.correct_path(model, process.sample(model, 3000, 3, steps), 0.4, 5, steps)
-    assert chi_square(path.tokens, p0, 2) > P_MIN and (path.tokens < 2).all()
-    assert torch.allclose(process.replay(model, path), path.logp, atol=1e-4)
-    assert path.time.masked_fill(path.time.isinf(), 0).max() <= 0.41
-    prompted = process.sample(model, 50, 3, steps, torch.tensor([1, 2, 2]))
-    again = process.correct_path(model, prompted, 0.4, 5, steps)
-    assert (again.tokens[:, 0] == 1).all() and (again.tokens[:, 1:] != prompted.tokens[:, 1:]).any()
-    assert process.correct_path(model, prompted, 0.001, 1, steps).tokens.shape == (50, 3)
+    tokens, _ = process.sample(model, 3000, 3)
+    tokens, path = process.correct_path(model, tokens, tokens < 0, 0.4, 5)
+    assert chi_square(tokens, p0, 2) > P_MIN and (tokens < 2).all()
+    assert torch.allclose(process.logp(model, path), path.logp, atol=1e-4)
+    assert 0.2 < path.t.max() <= 0.41
+    tokens, _ = process.sample(model, 50, 3, torch.tensor([1, 2, 2]))
+    given = torch.tensor([True, False, False]).expand(50, 3)
+    again, path = process.correct_path(model, tokens, given, 0.4, 5)
+    assert (again[:, 0] == 1).all() and (again[:, 1:] != tokens[:, 1:]).any()
+    assert not (path.scored & (path.positions == 0)).any()
+    assert process.correct_path(model, tokens, given, 0.001, 1)[0].shape == (50, 3)
 
 
 def test_the_law_after_the_corrector_is_that_of_its_samples():
     """And it is the law before it, where the model is consistent."""
     process, model, law = Absorbing(3), Table(3, 2), random_law(3, 2)
     torch.manual_seed(0)
-    path = MaskPath(sequences(3, 2)[law.multinomial(20_000, True)], torch.rand(20_000, 2), None, 3)
+    tokens = sequences(3, 2)[law.multinomial(20_000, True)]
     for moves, expected in zip((1, 6), corrected_law(process, model, law, 0.7, (1, 6))):
         assert expected.sum().item() == pytest.approx(1, abs=1e-6)
-        assert chi_square(process.correct_path(model, path, 0.7, moves).tokens, expected, 3) > 1e-3
+        corrected, _ = process.correct_path(model, tokens, tokens < 0, 0.7, moves)
+        assert chi_square(corrected, expected, 3) > P_MIN
     for after in corrected_law(process, posterior_table(law, 3, 2), law, 0.7, (0, 1, 6)):
         assert torch.allclose(after, law.double(), atol=1e-6)
 
 
 def test_the_corrector_starts_at_the_nearest_step_of_the_grid():
     """0.29 of ten steps is the third, not the second."""
-    process, model = Uniform(2), network(2, 3, time_conditioning=True)
-    path = process.correct_path(model, process.sample(model, 4, 3, 10), 0.29, 1, 10)
-    assert path.time.tolist() == pytest.approx([0.3, 0.2, 0.1, 0.0])
+    process, model = Uniform(2, steps=10), network(2, 3, time_conditioning=True)
+    tokens, _ = process.sample(model, 4, 3)
+    _, path = process.correct_path(model, tokens, tokens < 0, 0.29, 1)
+    assert path.t.unique().tolist() == pytest.approx([0.1, 0.2, 0.3])
+    assert path.s.unique().tolist() == pytest.approx([0.0, 0.1, 0.2])

@@ -1,21 +1,23 @@
 """Every method against autograd through the exact distribution, over all paths; losses by hand.
 
-Read first test_sepo_and_loop_have_the_policy_gradient_of_the_sampler, the claim on which the project
-stands, and test_both_clips_by_their_formulas, which is SEPO's algebra.
+Read first test_sepo_and_loop_have_the_policy_gradient_of_the_sampler, the claim on which the
+project stands, and test_both_clips_by_their_formulas, which is SEPO's algebra.
 """
 import itertools
 import math
+import random
 from dataclasses import replace
 from functools import cache, partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import estimators
 import sepo
-from diffusion import Absorbing, MaskPath, Uniform
-from exact import (Table, every_path, exact_p, gradient, kl, law_given, network, posterior_table,
-                   probability, random_law, sequences)
+from diffusion import Absorbing, Path, Uniform
+from exact import (Table, chi_square, every_path, every_reveal, exact_p, gradient, kl, law_given,
+                   network, posterior_table, probability, random_law, sequences)
 
 KINDS = ["grpo", "loo", "running"]
 PROMPT = torch.tensor([2, 1, 2])
@@ -36,18 +38,48 @@ def model_for(chain, L, kind="network", V=2):
 def close(a, b, tolerance=1e-5):
     return torch.allclose(a, b, atol=tolerance * b.abs().max().item(), rtol=1e-4)
 
+
+def path_of(logp, row=None, scored=None):
+    """A path of numbers alone: transitions with log-probabilities [n, k], of sequences `row`."""
+    n, k = logp.shape
+    row = torch.arange(n) if row is None else torch.tensor(row)
+    scored = torch.ones(n, k, dtype=torch.bool) if scored is None else torch.tensor(scored)
+    batch, nothing = int(row.max()) + 1, torch.zeros(n, k, dtype=torch.long)
+    time = torch.full((n,), 0.5)
+    return Path(row, nothing, time, time, nothing, nothing, scored, logp,
+                torch.full((n,), 1 / batch), batch)
+
+
+def flags(**changes):
+    """The flags of train.py that methods read."""
+    return SimpleNamespace(**dict(algo="sepo", advantage="loo", beta=0.3, path_events=0, updates=1,
+                                  clip=0.1, clip_mode="stop", keep=10, min_ess=1.0) | changes)
+
+
+def rollout_of(tokens, reward, log_ratio=None, iter=1):
+    """Samples with rewards [P, G] and log-ratios [P, G]."""
+    log_ratio = torch.zeros_like(reward) if log_ratio is None else log_ratio
+    return sepo.Rollout(iter=iter, tokens=tokens, given=tokens < 0, reward=reward.double(),
+                        log_ratio=log_ratio.double(), log_ref=torch.zeros_like(reward))
+
+
+def log_ratio_of(process, model, reference, path):
+    """log p(path)/p_ref(path) -> [B]."""
+    with torch.no_grad():
+        return path.per_sequence(process.logp(model, path) - process.logp(reference, path))
+
 # -----------------------------------------------------------------------------
 # the identities
 
 
 def line(seed=0, V=5):
-    """log s on a line, new and old, up to a constant."""
+    """log s at one position, new and old, up to a constant."""
     generator = torch.Generator().manual_seed(seed)
     new = torch.randn(V, generator=generator, dtype=torch.float64).requires_grad_()
     return new, new.detach() + 0.3 * torch.randn(V, generator=generator, dtype=torch.float64)
 
 
-def test_the_sum_over_a_line_is_one_log_probability():
+def test_the_sum_over_the_letters_is_one_log_probability():
     """sum_v w_v grad log s_v = -grad log w_x for log s_v = log p(v) - log p(x)."""
     logits, _ = line()
     log_s = logits - logits[2]
@@ -68,23 +100,43 @@ def test_the_importance_ratio_is_the_same_for_every_neighbour():
 @pytest.mark.parametrize("mode", ["stop", "cap"])
 @pytest.mark.parametrize("A", [1.5, -0.7])
 def test_both_clips_by_their_formulas(mode, A):
-    """cap: the paper's sum over the line, its weights p(y) min(r A, clip(r) A) detached. stop: the
-    same where the clip is not active, and no gradient where it is."""
+    """cap: the paper's sum over the letters, its weights p(y) min(r A, clip(r) A) detached. stop:
+    the same where the clip is not active, and no gradient where it is."""
     seen = set()
     for seed in range(40):
         new, old = line(seed)
-        log_ratio = new.log_softmax(0)[3] - old.log_softmax(0)[3]
-        r = log_ratio.exp().item()
+        logp, logp_old = (x.log_softmax(0)[3].view(1, 1) for x in (new, old))
+        r = (logp - logp_old).exp().item()
         capped = min(r * A, min(max(r, 0.8), 1.2) * A)
         active = r * A > capped
         seen.add(active)
         coefficient = 0 if active and mode == "stop" else capped
         weights = (new.softmax(0) * coefficient).detach()
         paper, = torch.autograd.grad((weights * (new - new[3])).sum(), new, retain_graph=True)
-        objective, flag = sepo.surrogate(log_ratio, torch.tensor(A), 0.2, mode)
-        ours, = torch.autograd.grad(-objective, new)
+        A_of_it = torch.tensor([A], dtype=torch.double)
+        loss, flag = sepo.sepo_loss(logp, path_of(logp_old.detach()), A_of_it, 0.2, mode)
+        ours, = torch.autograd.grad(loss, new)
         assert torch.allclose(ours, paper, atol=1e-12) and bool(flag) == active
     assert seen == {True, False}
+
+
+@pytest.mark.parametrize("ratio, A, value, flows", [
+    (1.3, 2.0, 2.4, False), (1.3, -2.0, -2.6, True), (0.7, 2.0, 1.4, True),
+    (0.7, -2.0, -1.6, False), (1.1, 2.0, 2.2, True), (0.9, -2.0, -1.8, True)])
+def test_no_gradient_flows_where_the_clip_is_active(ratio, A, value, flows):
+    log_ratio = torch.tensor(ratio).log().requires_grad_()
+    objective, is_clipped = sepo.surrogate(log_ratio, torch.tensor(A), 0.2)
+    objective.backward()
+    assert objective.item() == pytest.approx(value) and bool(is_clipped) is not flows
+    assert log_ratio.grad.item() == pytest.approx(value if flows else 0)
+
+
+def test_a_ratio_ends_at_the_exponential_of_20():
+    log_ratio = torch.tensor([1000.0, -1000.0], requires_grad=True)
+    objective, _ = sepo.surrogate(log_ratio, torch.tensor([-1.0, 1.0]), 0.2)
+    objective.sum().backward()
+    assert objective.tolist() == pytest.approx([-math.exp(20), math.exp(-20)], rel=1e-5)
+    assert log_ratio.grad.tolist() == [0, 0]
 
 
 def test_equal_rewards_get_nothing_and_scales_are_of_the_groups():
@@ -93,9 +145,16 @@ def test_equal_rewards_get_nothing_and_scales_are_of_the_groups():
         returns = torch.tensor([[0.0] * G, [0.05] * G], dtype=torch.double)
         assert (sepo.advantages(returns, "grpo") == 0).all()
     rewards = torch.tensor([[0.0, 1.0], [10.0, 11.0]])
-    assert sepo.reward_scale(rewards, "grpo").item() == pytest.approx(0.5)
-    assert sepo.reward_scale(rewards, "grpo", beta=1.2).item() == pytest.approx(1.3)    # 5:12:13
-    assert sepo.reward_scale(rewards, "loo", beta=1.2).item() == 1
+    assert sepo.reward_scale(rewards).item() == pytest.approx(0.5)
+    assert sepo.reward_scale(rewards, beta=1.2).item() == pytest.approx(1.3)            # 5:12:13
+
+
+def test_a_deviation_that_is_rounding_is_no_scale():
+    pair = torch.tensor([[-1.0, 1.0]], dtype=torch.double)
+    assert sepo.reward_scale(1 + 1e-15 * pair) == 0
+    assert sepo.reward_scale(1 + 1e-12 * pair).item() == pytest.approx(1e-12, rel=1e-3)
+    assert sepo.reward_scale(1e-20 * pair).item() == pytest.approx(1e-20)
+    assert sepo.reward_scale(1 + 0 * pair, beta=1e-3).item() == pytest.approx(1e-3)
 
 # -----------------------------------------------------------------------------
 # gradients, over every path
@@ -106,77 +165,54 @@ def test_equal_rewards_get_nothing_and_scales_are_of_the_groups():
 def test_sepo_and_loop_have_the_policy_gradient_of_the_sampler(chain, L, steps, prompt, kind):
     """Sum over every path of its probability times the gradient of its loss = autograd through
     the exact law: equal in direction and in scale, for any model, grid and prompt."""
-    model, process = model_for(chain, L, kind), chain(2)
-    path, other = every_path(process, model, L, steps, prompt)
-    weight = probability(path, other) * len(path.tokens)        # the loss averages over paths
+    model, process = model_for(chain, L, kind), chain(2, steps)
+    tokens, path, rest = every_path(process, model, L, prompt)
+    weight = probability(path, rest) * len(tokens)              # the loss averages over paths
     assert weight.mean().item() * len(weight) == pytest.approx(len(weight), rel=1e-4)
-    law = law_given(process, model, L, steps, prompt)
+    law = law_given(process, model, L, prompt)
     truth = gradient((law * some_reward(sequences(2, L))).sum(), model)
-    A = weight * some_reward(path.tokens)
-    view = sepo.draw_view(process, model, path, events=0)
+    A, logp = weight * some_reward(tokens), process.logp(model, path)
     for mode in ("stop", "cap"):
-        loss, clip_fraction = sepo.sepo_loss(process, model, view, A, clip_mode=mode)
+        loss, clip_fraction = sepo.sepo_loss(logp, path, A, clip_mode=mode)
         assert close(-gradient(loss, model), truth) and clip_fraction == 0
-    assert close(-gradient(sepo.loop_loss(process, model, view, A)[0], model), truth)
-    forgetful = replace(path, logp=None)                        # logp_old by a pass of the model
-    again = sepo.draw_view(process, model, forgetful, events=0)
-    assert torch.allclose(again.logp_old * again.scored, view.logp_old * view.scored, atol=1e-5)
+    assert close(-gradient(sepo.loop_loss(logp, path, A)[0], model), truth)
 
 
 @pytest.mark.parametrize("chain, L, steps, prompt", CASES)
 def test_kl_in_the_return_is_the_gradient_of_the_kl_of_paths(chain, L, steps, prompt):
     """Both parts: the one through the log-ratio has mean 0, the other goes through the states."""
-    model, process = model_for(chain, L), chain(2)
+    model, process = model_for(chain, L), chain(2, steps)
     reference = network(2, L, seed=1, n_embd=16, time_conditioning=chain is Uniform)
-    path, other = every_path(process, model, L, steps, prompt)
-    with torch.no_grad():
-        log_ratio = path.logp - process.replay(reference, path)
-    p = probability(path, other, process.replay(model, path))
-    new = process.replay(model, path) - process.replay(reference, path).detach()
-    J = (p * (some_reward(path.tokens) - 0.3 * new.flatten(1).sum(dim=1))).sum()
-    returns = path_return(some_reward(path.tokens), log_ratio, 0.3)
-    assert torch.allclose(process.path_kl(reference, path), log_ratio.flatten(1).sum(dim=1))
-    A = (probability(path, other) * len(path.tokens) * returns).float()
-    view = sepo.draw_view(process, model, path, events=0)
-    loss, _ = sepo.sepo_loss(process, model, view, A)
-    assert close(-gradient(loss, model), gradient(J, model), 1e-4)
-
-
-def path_return(rewards, log_ratio, beta):
-    """R - beta log p(path)/p_ref(path), as finetune has it -> [B], float64."""
-    return (rewards.double() - beta * log_ratio.flatten(1).sum(dim=1)).detach()
-
-
-def kl_of(path, logp_ref, rewards):
-    return (path.logp - logp_ref).flatten(1).sum(dim=1).view_as(rewards)
+    tokens, path, rest = every_path(process, model, L, prompt)
+    R, logp, log_ref = some_reward(tokens), process.logp(model, path), process.logp(reference, path)
+    log_ratio = path.per_sequence(logp - log_ref.detach())
+    p = probability(path, rest, logp)
+    J = (p * (R - 0.3 * log_ratio)).sum()
+    A = (p * len(tokens) * (R - 0.3 * log_ratio)).detach()
+    assert close(-gradient(sepo.sepo_loss(logp, path, A)[0], model), gradient(J, model), 1e-4)
 
 
 def even_population(P):
-    """A uniform policy, so that its 48 paths (24 per prompt if P = 2) are equally likely and their
-    plain mean is the exact expectation; and a reference that differs from it."""
+    """A uniform policy, so that its 48 paths (8 for each of two prompts if P = 2) are equally
+    likely and their plain mean is the exact expectation; and a reference that differs from it."""
     process, reference = Absorbing(2), Table(2, 3, seed=3)
     model = Table(2, 3, torch.zeros(27, 3, 2))
-    prompts = [None] if P == 1 else [torch.tensor([2, 2, 0]), torch.tensor([2, 1, 2])]
-    paths = [every_path(process, model, 3, None, prompt)[0] for prompt in prompts]
-    tokens, time, logp = (torch.cat([getattr(p, name) for p in paths])
-                          for name in ("tokens", "time", "logp"))
-    path = MaskPath(tokens, time, logp, 2)
-    with torch.no_grad():
-        logp_ref = process.replay(reference, path)
-    return process, model, reference, path, logp_ref
+    prompts = [torch.tensor([2, 2, 2])] if P == 1 else [torch.tensor([2, 2, 0]), PROMPT]
+    tokens, path, _ = every_reveal(process, *prompts)
+    path.logp = process.logp(model, path).detach()
+    return process, model, reference, tokens, path
 
 
 def update(P, kind, reward, beta):
-    """Minus the gradient of the loss on the whole population, as finetune composes it."""
-    process, model, reference, path, logp_ref = even_population(P)
-    returns = path_return(reward, path.logp - logp_ref, beta)
-    baseline = None
-    if kind == "running":
-        baseline = sepo.Baseline()
-        baseline.update(reward)
-    scale = sepo.reward_scale(reward.view(P, -1), kind, beta)
-    A = sepo.advantages(returns.view(P, -1), kind, baseline, scale).flatten()
-    loss, _ = sepo.sepo_loss(process, model, sepo.draw_view(process, model, path, 0), A)
+    """Minus the gradient of the loss on the whole population; what grpo divides by. An earlier
+    rollout has the same rewards: its mean is the baseline."""
+    process, model, reference, tokens, path = even_population(P)
+    log_ratio = log_ratio_of(process, model, reference, path).view(P, -1)
+    rollout = rollout_of(tokens, reward.view(P, -1), log_ratio, iter=2)
+    past = [rollout_of(tokens, reward.view(P, -1), iter=1), rollout]
+    (loss, _), = sepo.METHODS["sepo"](flags(advantage=kind, beta=beta), process, model, reference,
+                                      rollout, path, past)
+    scale = sepo.reward_scale(rollout.reward, beta) if kind == "grpo" else torch.tensor(1.0)
     return -gradient(loss, model).float(), scale
 
 
@@ -186,12 +222,12 @@ def update(P, kind, reward, beta):
 def test_the_update_is_the_gradient_of_the_objective_with_the_betas_weight(kind, P, spread):
     """Up to one positive number per rollout, also when all rewards are equal (spread 0): then
     it is the gradient of -beta KL."""
-    process, model, reference, path, logp_ref = even_population(P)
-    reward, beta = spread * some_reward(path.tokens), 0.3
-    logp = process.replay(model, path)
-    p = (logp - path.logp).sum(1).exp() / len(path.tokens)      # differentiable; even
-    cost = (p * (logp - logp_ref).sum(1)).sum()
-    G = len(path.tokens) // P
+    process, model, reference, tokens, path = even_population(P)
+    reward, beta = spread * some_reward(tokens), 0.3
+    logp, log_ref = process.logp(model, path), process.logp(reference, path).detach()
+    p = path.per_sequence(logp - path.logp).exp() / len(tokens)     # differentiable; even
+    cost = (p * path.per_sequence(logp - log_ref)).sum()
+    G = len(tokens) // P
     loo = G / (G - 1) if kind == "loo" else 1                   # over whole groups, not samples
     truth = loo * gradient((p * reward).sum() - beta * cost, model)
     ours, scale = update(P, kind, reward, beta)
@@ -200,10 +236,10 @@ def test_the_update_is_the_gradient_of_the_objective_with_the_betas_weight(kind,
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_constants_and_units_of_the_reward_change_nothing(kind):
-    reward = some_reward(even_population(2)[3].tokens).double()
+    reward = some_reward(even_population(2)[3]).double()
     plain, scale = update(2, kind, reward, 0.3)
     for shift, unit in ((1000.0, 1.0), (0.0, 1e-7), (5.0, 1e-7), (1000.0, 0.1), (0.0, 1e6)):
-        other, new_scale = update(2, kind, unit * reward + shift * 1.0, 0.3 * unit)
+        other, new_scale = update(2, kind, unit * reward + shift, 0.3 * unit)
         factor = 1 if kind == "grpo" else unit
         expected = scale.item() * (unit if factor == 1 else 1)
         assert new_scale.item() == pytest.approx(expected, rel=1e-3)
@@ -238,8 +274,8 @@ def test_a_group_of_equal_rewards_is_not_made_of_kl():
     rewards = torch.tensor([[1.0] * 4, [0.0, 1.0, 0.0, 1.0]])
     log_ratio = torch.tensor([[0.1, -0.1, 0.2, -0.2], [0.0] * 4])
     for beta in (0.1, 1e-4):
-        returns = path_return(rewards.flatten(), log_ratio.flatten()[:, None], beta).view(2, 4)
-        A = sepo.advantages(returns, "grpo", None, sepo.reward_scale(rewards, "grpo", beta))
+        scale = sepo.reward_scale(rewards, beta)
+        A = sepo.advantages(rewards - beta * log_ratio, "grpo", scale)
         assert A[0].std() < 0.6 * beta and A[1].std() > 0.5
 
 
@@ -253,8 +289,8 @@ def truth_of(kind):
 
 
 def cosine_of(name, kind):
-    """Of the expected gradient of an estimator of tests/estimators.py with the true gradient, and the
-    ratio of their norms."""
+    """Of the expected gradient of an estimator of tests/estimators.py with the true gradient, and
+    the ratio of their norms."""
     reward, model, entries, truth = truth_of(kind)
     mean, noise = estimators.expected_gradient(Absorbing(3), entries, model, 3, reward,
                                                estimators.ESTIMATORS[name])
@@ -289,30 +325,37 @@ def test_the_bias_of_the_other_estimators_is_what_the_table_says(name, random, c
 
 
 def test_random_draws_of_an_estimator_are_those_that_are_enumerated():
-    """The mean of the bound's weights over random draws: every slot counts once."""
+    """The mean of the bound's weights over random draws: every position counts once."""
     process, model = Absorbing(2), Table(2, 3)
     torch.manual_seed(0)
-    path = process.sample(model, 3000, 3)
+    random.seed(0)
+    tokens, path = process.sample(model, 3000, 3)
     for name, total in (("noised (ELBO)", 3), ("sepo, 1 event", 3), ("UniGRPO", 1)):
-        view = estimators.random_view(process, model, path, estimators.ESTIMATORS[name])
-        per_slot = (view.weight[:, None] * view.scored).sum(dim=0) / 3000
-        assert per_slot.tolist() == pytest.approx([total / 3] * 3, abs=0.1)
-        assert ((view.x == 2) >= view.scored).all() and (view.y == path.tokens[view.row]).all()
+        part = estimators.random_path(process, model, tokens, path, estimators.ESTIMATORS[name])
+        weights = part.weight[:, None] * part.scored / 3000
+        sums = torch.zeros(3).index_add(0, part.positions.flatten(), weights.flatten())
+        assert sums.tolist() == pytest.approx([total / 3] * 3, abs=0.1)
+        assert (part.x.gather(1, part.positions) == 2)[part.scored].all()
+        assert (part.y == tokens[part.row].gather(1, part.positions)).all()
+
+# -----------------------------------------------------------------------------
+# SEPO as published
 
 
-def test_the_published_estimator_is_its_formula_written_out():
-    """Its gradient, with exact p(y) and active clips; on three slots of two letters."""
+def test_the_published_estimator_is_its_formula_written_out(monkeypatch):
+    """Its gradient, with exact p(y) and active clips; on three positions of two letters."""
     process, model, old_model = Absorbing(2), Table(2, 3), Table(2, 3, seed=1)
+    monkeypatch.setattr(sepo, "importance_sampled", exact_p(process))
     torch.manual_seed(4)
-    path, A = process.sample(old_model, 6, 3), torch.randn(6)
-    p_of = exact_p(process)
-    path.time[:, 2] = math.inf                                  # slot 2 is given: no neighbours there
-    old = sepo.draw_neighbours(process, old_model, path, p_of)
-    loss, clip_fraction = sepo.published_loss(process, model, old, A, 0.2, p_of)
+    tokens, _ = process.sample(old_model, 6, 3)
+    A, given = torch.randn(6), torch.tensor([False, False, True]).expand(6, 3)
+    new, old = (sepo.neighbours(process, m, tokens, given) for m in (model, old_model))
+    assert new[0].requires_grad and not new[1].requires_grad
+    loss, clip_fraction = sepo.published_loss(new, old, A, 0.2)
     p_new, p_old = (process.exact_law(m, 3).detach() for m in (model, old_model))
     total, active = 0.0, []
-    for x, a in zip(path.tokens, A):
-        for i in range(2):
+    for x, a in zip(tokens, A):
+        for i in range(2):                                      # a given position has no neighbours
             hole, y = x.clone(), x.clone()
             hole[i], y[i] = 2, 1 - x[i]
             new, before = (m(hole[None])[0, i].log_softmax(0) for m in (model, old_model))
@@ -326,108 +369,292 @@ def test_the_published_estimator_is_its_formula_written_out():
     assert clip_fraction.item() == pytest.approx(sum(active) / 12) and 0 < sum(active) < 12
 
 
-def test_importance_sampling_of_the_neighbours_tends_to_its_limit():
-    """One slot: the weights are 1 / (pi(z|z) pi(z|y)), so p(y) tends to 1 / sum_z 1 / pi(z|z)
+def test_importance_sampling_of_the_neighbours_tends_to_its_limit(monkeypatch):
+    """One position: the weights are 1 / (pi(z|z) pi(z|y)), so p(y) tends to 1 / sum_z 1 / pi(z|z)
     weighted as drawn: sum_z pi(z|y) / pi(z|z) / sum_z 1 / pi(z|z)."""
     process, model = Absorbing(3), Table(3, 1)
+    monkeypatch.setattr(sepo, "importance_sampled", partial(sepo.importance_sampled, M=200))
+    torch.manual_seed(0)
     x = torch.zeros(500, 1, dtype=torch.long)
-    _, p = sepo.neighbours(process, model, x, partial(sepo.importance_sampled, M=200))
+    _, log_p, _ = sepo.neighbours(process, model, x, x < 0)
     pi = model(sequences(3, 1))[:, 0].softmax(-1).detach()      # [y, z]
     inverse = 1 / pi.diagonal()
     expected = (pi * inverse).sum(1) / inverse.sum()
-    assert torch.allclose(p.mean(dim=0)[0], expected, atol=0.02)
-
+    assert torch.allclose(log_p.exp().mean(dim=0), expected, atol=0.02)
 
 # -----------------------------------------------------------------------------
 # losses by hand
 
 
-def test_loop_clips_a_transition_and_sepo_a_slot():
-    """Two slots in one step, each with ratio 1.15: their product 1.3225 is clipped at 1.2."""
-    process, model = Absorbing(2), Table(2, 2, torch.zeros(9, 2, 2))
-    path = process.sample(model, 1, 2, steps=1)
-    path = replace(path, logp=path.logp - torch.tensor(1.15).log())
-    view = sepo.draw_view(process, model, path)
+def test_loop_clips_a_transition_and_sepo_a_position():
+    """Two positions in one transition, each with ratio 1.15: the product 1.3225 is clipped at 1.2.
+    """
+    path = path_of(torch.tensor([[-0.5, -2.0]]))
+    logp = (path.logp + math.log(1.15)).requires_grad_()
     for A, value, fraction in ((2.0, 2.4, 1), (-2.0, -2.645, 0)):
-        loss, clip_fraction = sepo.loop_loss(process, model, view, torch.tensor([A]), 0.2)
+        loss, clip_fraction = sepo.loop_loss(logp, path, torch.tensor([A]), 0.2)
+        slope, = torch.autograd.grad(loss, logp)
         assert loss.item() == pytest.approx(-value, abs=1e-5) and clip_fraction == fraction
-        assert (gradient(loss, model) == 0).all() == bool(fraction)
-    assert sepo.sepo_loss(process, model, view, torch.tensor([2.0]))[1] == 0
-    assert sepo.sepo_loss(process, model, view, torch.tensor([2.0]), clip=0.1)[1] == 1
+        assert (slope == 0).all() == bool(fraction)
+    assert sepo.sepo_loss(logp, path, torch.tensor([2.0]), clip=0.2)[1] == 0
+    assert sepo.sepo_loss(logp, path, torch.tensor([2.0]), clip=0.1)[1] == 1
 
 
-def test_clip_fractions_of_unequal_parts_add_up():
-    """Two events in each of five paths; both are clipped in the first two paths: 4 of 10 states. The
-    states are listed event by event, so parts of seven and three have 2 + 2 and 0 of them."""
-    process, model = Absorbing(2), Table(2, 2, torch.zeros(9, 2, 2))
-    path = process.sample(model, 5, 2)
-    path = replace(path, logp=path.logp - torch.tensor([1.0, 1.0, 0, 0, 0])[:, None])
-    for loss_of in (sepo.sepo_loss, sepo.loop_loss):
-        view = sepo.draw_view(process, model, path, events=0)
-        parts = [loss_of(process, model, part, torch.ones(5)) for part in view.split(7)]
-        assert [round(f.item(), 5) for _, f in parts] == [0.4, 0]
-        assert loss_of(process, model, view, torch.ones(5))[1].item() == pytest.approx(0.4)
+def test_the_clip_fraction_is_the_share_of_scored_terms():
+    """Three positions in two transitions, of which the first has moved; beside them padding that
+    seems to, and a transition where nothing is scored."""
+    path = path_of(torch.zeros(3, 2), scored=[[True, True], [True, False], [False, False]])
+    logp, A = torch.tensor([[1.0, 0.0], [0.0, 5.0], [5.0, 5.0]]), torch.ones(3)
+    assert sepo.sepo_loss(logp, path, A, 0.2)[1].item() == pytest.approx(1 / 3)
+    assert sepo.loop_loss(logp, path, A, 0.2)[1].item() == pytest.approx(1 / 2)
+    assert sepo.sepo_loss(logp, path, -A, 0.2)[1] == sepo.loop_loss(logp, path, -A, 0.2)[1] == 0
 
 
-def test_on_one_slot_per_event_sepo_is_loop():
+def test_padding_and_what_is_given_change_no_loss():
+    path = path_of(torch.zeros(3, 2), [0, 1, 0], [[True, True], [True, False], [False, False]])
+    rewards, log_ratio = torch.tensor([[0.0, 1.0]]), torch.zeros(1, 2)
+    for loss_of in (lambda logp: sepo.sepo_loss(logp, path, torch.ones(2)),
+                    lambda logp: sepo.loop_loss(logp, path, torch.ones(2)),
+                    lambda logp: sepo.prdp_loss(logp, path, rewards, log_ratio, 1.0)):
+        losses = [loss_of(torch.tensor([[0.02, 0.01], [0.03, x], [x, x]]))[0] for x in (0, 5)]
+        assert losses[0] == losses[1] != 0
+    loss, _ = sepo.loop_loss(torch.zeros(3, 2), path, torch.tensor([1.0, 1.0]))
+    assert loss == -1                                           # two transitions / two sequences
+
+
+def test_on_one_position_per_transition_sepo_is_loop():
     """Without a grid, with PPO's clip: the same loss and gradient, also away from theta_old."""
     process, model, other = Absorbing(3), network(3, 4), network(3, 4, seed=1)
     torch.manual_seed(0)
-    path, A = process.sample(other, 32, 4), torch.randn(32)
-    view = sepo.draw_view(process, model, path)
-    a = sepo.sepo_loss(process, model, view, A)
-    b = sepo.loop_loss(process, model, view, A)
+    path, A = process.sample(other, 32, 4)[1].subset(1), torch.randn(32)
+    logp = process.logp(model, path)
+    a, b = sepo.sepo_loss(logp, path, A), sepo.loop_loss(logp, path, A)
     assert torch.allclose(a[0], b[0]) and a[1] == b[1] > 0.1
     assert close(gradient(a[0], model), gradient(b[0], model))
 
 
-@pytest.mark.parametrize("events", [0, 2])
-def test_a_view_without_any_event_has_a_loss_of_zero(events):
-    """As after a corrector at a small t, where no slot is masked again."""
-    process, model = Absorbing(3), network(3, 4)
-    path = process.correct_path(model, process.sample(model, 5, 4), 1e-6, 1)
-    assert path.given.all()
-    for part in sepo.draw_view(process, model, path, events).split(2):
+def test_advantages_are_one_per_sequence():
+    path = path_of(torch.zeros(6, 1), row=[0, 1, 2, 0, 1, 2])
+    for A in (torch.ones(6), torch.ones(2), torch.ones(3, 1), torch.tensor(1.0)):
         for loss_of in (sepo.sepo_loss, sepo.loop_loss):
-            loss, clip_fraction = loss_of(process, model, part, torch.ones(5))
-            loss.backward()
-            assert loss == 0 and clip_fraction == 0
-    assert all(p.grad is not None and (p.grad == 0).all() for p in model.parameters())
-
-
-@pytest.mark.parametrize("chain", [Absorbing, Uniform])
-@pytest.mark.parametrize("events", [0, 1, 2])
-def test_micro_batches_add_up_to_the_whole(chain, events):
-    model, process = network(4, 6, time_conditioning=True), chain(4)
-    torch.manual_seed(30)
-    path, A = process.sample(model, 16, 6, steps=5), torch.randn(16)
-    view = sepo.draw_view(process, network(4, 6, seed=2), path, events)
-    assert len(view.split(5)) == -(-len(view.row) // 5) and len(view.split(0)) == 1
-    for loss_of in (sepo.sepo_loss, sepo.loop_loss):
-        whole, fraction = loss_of(process, model, view, A)
-        parts = [loss_of(process, model, part, A) for part in view.split(5)]
-        assert torch.allclose(whole, sum(loss for loss, _ in parts), atol=1e-5)
-        assert torch.allclose(fraction, sum(f for _, f in parts), atol=1e-6)
-        assert close(gradient(sum(loss for loss, _ in parts), model), gradient(whole, model))
-
-
-def test_replay_has_the_gradient_of_all_passes_whatever_the_chunk():
-    model, process = network(3, 5), Absorbing(3)
-    torch.manual_seed(10)
-    path, c = process.sample(model, 8, 5), torch.randn(8, 5)
-    direct = 0.0
-    for j in range(5):
-        log_p = model(path.state(j)).log_softmax(-1)
-        logp = log_p.gather(-1, path.tokens[..., None]).squeeze(-1)
-        direct = direct + (c * logp * (path.event == j)).sum()
-    direct = gradient(direct, model)
-    for chunk in (None, 3):
-        assert close(gradient((c * process.replay(model, path, chunk)).sum(), model), direct)
+            with pytest.raises(ValueError, match="3 advantages are needed, not") as error:
+                loss_of(path.logp, path, A)
+            assert "\n" not in str(error.value)
 
 
 def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match="unknown advantage"):
         sepo.advantages(torch.zeros(1, 2), "gae")
+
+# -----------------------------------------------------------------------------
+# the methods, as train.py runs them
+
+
+def spied(process):
+    """A list of (model, path) of all calls of process.logp."""
+    calls, logp = [], process.logp
+    process.logp = lambda *call: calls.append(call) or logp(*call)
+    return calls
+
+
+def shift_(model):
+    """In place of a step of the optimizer."""
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.05)
+
+
+def a_round(L=4, V=3, steps=2):
+    """process, model, reference, rollout of two groups, path, past: on a grid, so that transitions
+    move several positions."""
+    process, model, reference = Absorbing(V, steps), network(V, L), network(V, L, seed=1)
+    torch.manual_seed(3)
+    tokens, path = process.sample(model, 12, L)
+    log_ratio = log_ratio_of(process, model, reference, path).view(2, 6)
+    rollout = rollout_of(tokens, some_reward(tokens).view(2, 6), log_ratio)
+    return process, model, reference, rollout, path, [rollout]
+
+
+@pytest.mark.parametrize("algo, loss_of", [
+    ("sepo", sepo.sepo_loss), ("loop", sepo.loop_loss), ("reinforce", sepo.loop_loss),
+    ("cap", partial(sepo.sepo_loss, clip_mode="cap"))])
+@pytest.mark.parametrize("is_new", [True, False])
+def test_one_pass_of_the_model_serves_the_loss_and_the_log_ratio(algo, loss_of, is_new):
+    """Of a new path, and of one without logp: that is the current model's, and the reference is
+    asked. Beside it all is computed step by step, also for a second update."""
+    process, model, reference, rollout, path, past = a_round()
+    old = path.logp
+    if not is_new:
+        path = process.path_to(rollout.tokens)
+        old = process.logp(model, path).detach()
+    log_ratio = path.per_sequence(old - process.logp(reference, path)).detach().view(2, 6)
+    A = sepo.advantages(rollout.reward - 0.3 * log_ratio, "loo").flatten()
+    mode = "cap" if algo == "cap" else "stop"
+    args = flags(algo="sepo" if mode == "cap" else algo, clip_mode=mode, updates=2, clip=0.01)
+    calls = spied(process)
+    updates = sepo.METHODS[args.algo](args, process, model, reference, rollout, path, past)
+    for update in range(2):
+        loss, clip_fraction = next(updates)
+        assert [m for m, _ in calls] == [model] * (update + 1) if is_new else \
+            [m for m, _ in calls] == [model, reference, model][:update + 2]
+        known = replace(path, logp=old)
+        expected, fraction = loss_of(process.logp(model, known), known, A, clip=0.01)
+        calls.pop()                                             # that of the line above
+        assert torch.allclose(loss, expected, atol=1e-5) and clip_fraction == fraction
+        assert close(gradient(loss, model), gradient(expected, model), 1e-4)
+        shift_(model)
+    assert fraction > 0 and next(updates, None) is None
+
+
+@pytest.mark.parametrize("is_new", [True, False])
+def test_random_transitions_are_drawn_for_every_update(is_new):
+    process, model, reference, rollout, path, past = a_round(steps=None)
+    path = path if is_new else process.path_to(rollout.tokens)
+    calls = spied(process)
+    for loss, _ in sepo.METHODS["sepo"](flags(path_events=2, updates=3), process, model, reference,
+                                        rollout, path, past):
+        assert loss.requires_grad
+    whole = [] if is_new else [(model, 48), (reference, 48)]    # a pass without gradient
+    assert [(m, len(part)) for m, part in calls] == whole + [(model, 24)] * 3
+    a, b, c = (part.x for _, part in calls[-3:])
+    assert not torch.equal(a, b) and not torch.equal(b, c)
+
+
+def test_the_return_of_a_new_path_and_of_a_remembered_one(monkeypatch):
+    """One position of two letters; the model draws 1 with odds of 3 to 1, the reference evenly. A
+    new path has the log-ratio that its rollout knows; without logp it is computed."""
+    process, reference = Absorbing(2), Table(2, 1, torch.zeros(3, 1, 2))
+    model = Table(2, 1, torch.tensor([0.0, math.log(3)]).expand(3, 1, 2).clone())
+    tokens, reward = torch.tensor([[0], [1]]), torch.tensor([[5.0, 7.0]])
+    rollout = rollout_of(tokens, reward, torch.tensor([[0.25, 0.5]]), iter=4)
+    seen, advantages = [], sepo.advantages
+    monkeypatch.setattr(sepo, "advantages", lambda *a: seen.append(a) or advantages(*a))
+    past = [rollout_of(tokens, reward - 1, iter=3), rollout]
+    remembered = process.path_to(tokens)
+    new = replace(remembered, logp=process.logp(model, remembered).detach())
+    for path, log_ratio in ((new, [0.25, 0.5]), (remembered, [math.log(0.5), math.log(1.5)])):
+        for events in (0, 1):
+            list(sepo.METHODS["sepo"](flags(beta=2.0, path_events=events, advantage="running"),
+                                      process, model, reference, rollout, path, past))
+            returns, kind, scale, baseline = seen.pop()
+            expected = [r - 2 * x for r, x in zip((5, 7), log_ratio)]
+            assert returns.tolist()[0] == pytest.approx(expected) and kind == "running"
+            assert scale.item() == pytest.approx(5 ** 0.5) and baseline == 5    # sqrt(1 + beta^2)
+
+
+@pytest.mark.parametrize("events", [0, 2])
+@pytest.mark.parametrize("algo", ["sepo", "loop"])
+def test_a_path_without_any_transition_has_a_loss_of_zero(algo, events):
+    """As after a corrector at a small t, where nothing is masked again."""
+    process, model = Absorbing(3), network(3, 4)
+    tokens, _ = process.sample(model, 6, 4)
+    _, path = process.correct_path(model, tokens, tokens < 0, 1e-6, 1)
+    assert len(path) == 0
+    rollout = rollout_of(tokens, some_reward(tokens).view(1, 6))
+    for loss, clip_fraction in sepo.METHODS[algo](flags(algo=algo, path_events=events), process,
+                                                  model, model, rollout, path, [rollout]):
+        loss.backward()
+        assert loss == 0 and clip_fraction == 0
+    assert all(p.grad is not None and (p.grad == 0).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("chain", [Absorbing, Uniform])
+@pytest.mark.parametrize("events", [0, 1, 2])
+def test_chunks_add_up_to_the_whole_update(chain, events):
+    model, process = network(4, 6, time_conditioning=True), chain(4, steps=5)
+    other = network(4, 6, seed=2, time_conditioning=True)
+    torch.manual_seed(30)
+    tokens, path = process.sample(other, 16, 6)
+    rollout = rollout_of(tokens, some_reward(tokens).view(2, 8))
+    for algo in ("sepo", "loop", "prdp"):
+        parts = []
+        for process.chunk in (2048, 5):
+            torch.manual_seed(31)
+            (loss, fraction), = sepo.METHODS[algo](flags(algo=algo, path_events=events), process,
+                                                   model, other, rollout, path, [rollout])
+            parts.append((loss, fraction, gradient(loss, model)))
+        whole, sum_of_parts = parts
+        assert torch.allclose(whole[0], sum_of_parts[0], atol=1e-5) and whole[1] == sum_of_parts[1]
+        assert close(whole[2], sum_of_parts[2])
+
+
+@pytest.mark.parametrize("is_new", [True, False])
+def test_prdp_runs_on_whole_paths(is_new):
+    process, model, reference, rollout, path, past = a_round()
+    old = path.logp
+    if not is_new:
+        path = process.path_to(rollout.tokens)
+        old = process.logp(model, path).detach()
+    log_ratio = path.per_sequence(old - process.logp(reference, path)).detach().view(2, 6)
+    calls, args = spied(process), flags(updates=2, path_events=1, clip=0.01)
+    for update, (loss, clip_fraction) in enumerate(sepo.METHODS["prdp"](
+            args, process, model, reference, rollout, path, past)):
+        assert len(calls) == update + (1 if is_new else 2)
+        known = replace(path, logp=old)
+        expected = sepo.prdp_loss(process.logp(model, known), known, rollout.reward, log_ratio,
+                                  0.3, 0.01)
+        calls.pop()
+        assert torch.allclose(loss, expected[0], atol=1e-5) and clip_fraction == expected[1]
+        assert close(gradient(loss, model), gradient(expected[0], model), 1e-4)
+        shift_(model)
+    assert update == 1 and clip_fraction > 0
+
+
+def test_published_remembers_the_neighbours_of_the_old_model(monkeypatch):
+    process, model, reference, rollout, path, past = a_round(L=3, V=2, steps=None)
+    monkeypatch.setattr(sepo, "importance_sampled", exact_p(process))
+    samples = rollout.tokens, rollout.given
+    old = [x.detach() for x in sepo.neighbours(process, model, *samples)]
+    A = sepo.advantages(rollout.reward - 0.3 * rollout.log_ratio, "loo").flatten()
+    for update, (loss, clip_fraction) in enumerate(sepo.METHODS["published"](
+            flags(updates=2, clip=0.01), process, model, reference, rollout, path, past)):
+        expected = sepo.published_loss(sepo.neighbours(process, model, *samples), old, A, 0.01)
+        assert torch.allclose(loss, expected[0]) and clip_fraction == expected[1]
+        assert (clip_fraction > 0) == (update > 0)              # p(y) is exact: r = 1 at first
+        shift_(model)
+    assert update == 1
+
+
+def of_columns(tokens, reward, log_ratio, log_ref):
+    """A rollout of one group."""
+    rollout = rollout_of(torch.tensor(tokens), torch.tensor([reward]), torch.tensor([log_ratio]))
+    return replace(rollout, log_ref=torch.tensor([log_ref]).double())
+
+
+OLD = of_columns([[0, 0], [0, 1]], [1.0, 2.0], [0.1, 0.2], [-1.0, -2.0])
+NEW = of_columns([[0, 1], [1, 1]], [5.0, 3.0], [0.4, 0.3], [-2.5, -3.0])    # 01 for a second time
+
+
+def test_weights_of_the_target_and_of_parents_by_hand():
+    """A sample that was drawn twice counts once, with its latest values."""
+    R = torch.tensor([1.0, 5.0, 3.0]).double()
+    for weights_of, cost in ((sepo.target_weights, [1.0, 2.5, 3.0]),
+                             (sepo.parent_weights, [0.1, 0.4, 0.3])):
+        tokens, weights = weights_of([OLD, NEW], 2.0, 1)
+        assert tokens.tolist() == [[0, 0], [0, 1], [1, 1]]
+        assert torch.allclose(weights, (R / 2 - torch.tensor(cost)).softmax(0))
+        even = weights_of([OLD, NEW], 2.0, 3)[1]
+        assert torch.allclose(even, torch.full((3,), 1 / 3).double())
+
+
+def test_wdce_draws_what_was_seen_by_the_weights_of_the_target(monkeypatch):
+    """keep = 2: an older rollout is forgotten. Each update has as many rows as a rollout."""
+    process, seen = Absorbing(2), []
+
+    def loss_of(process, model, tokens, weights):
+        seen.append((tokens, weights))
+        return model
+    monkeypatch.setattr(sepo, "wdce_loss", loss_of)
+    forgotten = of_columns([[1, 0], [1, 0]], [9.0, 9.0], [0.0, 0.0], [0.0, 0.0])
+    torch.manual_seed(0)
+    updates = sepo.METHODS["wdce"](flags(beta=2.0, keep=2, updates=2000), process, "the loss", None,
+                                   NEW, None, [forgotten, OLD, NEW])
+    assert all(loss == "the loss" and fraction == 0 for loss, fraction in updates)
+    assert len(seen) == 2000
+    assert all(len(tokens) == 2 and weights.tolist() == [0.5, 0.5] for tokens, weights in seen)
+    _, weights = sepo.target_weights([OLD, NEW], 2.0, 1)
+    law = torch.tensor([weights[0], weights[1], 0, weights[2]])
+    assert chi_square(torch.cat([tokens for tokens, _ in seen]), law, 2) > 1e-3
 
 # -----------------------------------------------------------------------------
 # off policy: remembered samples
@@ -441,47 +668,43 @@ def random_weights(n, seed=5):
 @pytest.mark.parametrize("chain, L, steps, prompt", CASES)
 def test_off_policy_the_update_is_the_gradient_of_the_log_variance(chain, L, steps, prompt):
     """For any q over paths, with d = beta log p(path)/p_ref(path) - R:
-    grad Var_q(d) / (2 beta) = -E_q[A grad log p(path)], A = (R - beta log p/p_ref) - its mean under q
-    (VarGrad, 2010.10436). The paths are all paths of the sampler, each with its random weight."""
-    model, process, beta = model_for(chain, L), chain(2), 0.3
+    grad Var_q(d) / (2 beta) = -E_q[A grad log p(path)], A = (R - beta log p/p_ref) - its mean under
+    q (VarGrad, 2010.10436). The paths are all paths of the sampler, with random weights."""
+    model, process, beta = model_for(chain, L), chain(2, steps), 0.3
     reference = network(2, L, seed=1, n_embd=16, time_conditioning=chain is Uniform)
-    path, _ = every_path(process, model, L, steps, prompt)
-    q, R, B = random_weights(len(path.tokens)), some_reward(path.tokens), len(path.tokens)
-    log_ratio = process.replay(model, path) - process.replay(reference, path).detach()
-    d = beta * log_ratio.flatten(1).sum(dim=1) - R
+    tokens, path, _ = every_path(process, model, L, prompt)
+    q, R, B = random_weights(len(tokens)), some_reward(tokens), len(tokens)
+    logp = process.logp(model, path)
+    log_ratio = path.per_sequence(logp - process.logp(reference, path).detach())
+    d = beta * log_ratio - R
     truth = gradient(((q * d ** 2).sum() - (q * d).sum() ** 2) / (2 * beta), model)
-    returns = R - beta * process.path_kl(reference, path)
-    A = (returns - (q * returns).sum()) * q * B
-    view = sepo.draw_view(process, model, path, events=0)
-    assert close(gradient(sepo.sepo_loss(process, model, view, A)[0], model), truth)
-    assert close(gradient(sepo.loop_loss(process, model, view, A)[0], model), truth)
-    kl = process.path_kl(reference, path)[None]                 # prdp: q is uniform
-    truth = gradient(d.var(correction=0) / (2 * beta), model)
-    loss, clip_fraction = sepo.prdp_loss(process, model, path, R[None], kl, beta)
+    A = (((q * d).sum() - d) * q * B).detach()
+    assert close(gradient(sepo.sepo_loss(logp, path, A)[0], model), truth)
+    assert close(gradient(sepo.loop_loss(logp, path, A)[0], model), truth)
+    truth = gradient(d.var(correction=0) / (2 * beta), model)   # prdp: q is uniform
+    loss, clip_fraction = sepo.prdp_loss(logp, path, R[None], log_ratio.detach()[None], beta)
     assert close(gradient(loss, model), truth) and clip_fraction == 0
 
 
 def test_the_only_zero_of_the_log_variance_is_the_optimum():
     """Descent along the update of random rows that no policy drew, on new paths every time, ends
     at p* ~ p_ref exp(R / beta)."""
-    V, L, beta, process = 2, 2, 0.5, Absorbing(2)
+    V, L, process, args = 2, 2, Absorbing(2), flags(beta=0.5)
     reference = posterior_table(random_law(V, L), V, L)
     R = some_reward(sequences(V, L))
-    optimum = (process.exact_law(reference, L).detach().log() + R / beta).softmax(0)
+    optimum = (process.exact_law(reference, L).detach().log() + R / args.beta).softmax(0)
     model = Table(V, L)
     optimizer = torch.optim.Adam(model.parameters(), 0.05)
     torch.manual_seed(6)
     for i in range(400):
         optimizer.param_groups[0]["lr"] = 0.05 * (1 - i / 400)
         tokens = sequences(V, L)[torch.randint(V ** L, (16,))]
-        path = process.path_to(tokens)
-        path = replace(path, logp=process.replay(model, path).detach())
-        returns = some_reward(tokens) - beta * process.path_kl(reference, path)
-        A = sepo.advantages(returns[None], "loo")[0]
-        view = sepo.draw_view(process, model, path, events=0)
-        optimizer.zero_grad()
-        sepo.sepo_loss(process, model, view, A)[0].backward()
-        optimizer.step()
+        rollout = rollout_of(tokens, some_reward(tokens)[None])
+        for loss, _ in sepo.METHODS["sepo"](args, process, model, reference, rollout,
+                                            process.path_to(tokens), [rollout]):
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
     found = process.exact_law(model, L).detach()
     assert kl(optimum, found) < 1e-3 < 0.05 < kl(optimum, process.exact_law(reference, L).detach())
 
@@ -490,23 +713,23 @@ def test_the_only_zero_of_the_log_variance_is_the_optimum():
 
 
 def test_wdce_weights_are_those_of_the_optimum_and_keep_the_sample_size():
-    """All four sequences, as if drawn uniformly: their kl is -log(4 p_ref), so c = 1 gives p*."""
+    """All four sequences, as if drawn uniformly: their cost is -log(4 p_ref), so c = 1 gives p*."""
     reference = random_law(2, 2).double()
     R = some_reward(sequences(2, 2)).double()
     optimum = (reference.log() + R / 0.5).softmax(0)
-    uniform_kl = -(4 * reference).log()
-    assert torch.allclose(sepo.wdce_weights(R, uniform_kl, 0.5, min_ess=1), optimum)
+    cost = -(4 * reference).log()
+    assert torch.allclose(sepo.wdce_weights(R, cost, 0.5, min_ess=1), optimum)
     for beta, min_ess in ((0.01, 2), (0.01, 3.5), (1e-6, 2)):
-        w = sepo.wdce_weights(R, uniform_kl, beta, min_ess)
+        w = sepo.wdce_weights(R, cost, beta, min_ess)
         assert 1 / w.square().sum().item() == pytest.approx(min_ess, rel=1e-3)
-        assert w.sum().item() == pytest.approx(1) and w.argmax() == (R / beta - uniform_kl).argmax()
+        assert w.sum().item() == pytest.approx(1) and w.argmax() == (R / beta - cost).argmax()
     even = torch.full((4,), 0.25, dtype=torch.double)
-    assert torch.allclose(sepo.wdce_weights(R, uniform_kl, 0.01, min_ess=9), even)     # out of reach
+    assert torch.allclose(sepo.wdce_weights(R, cost, 0.01, min_ess=9), even)     # out of reach
 
 
 class EveryMask(Absorbing):
-    """Absorbing(2) that masks two slots in all ways at once, in proportion to their chances: rows of
-    four, for the subsets {0}, {1}, {0, 1} and {0, 1} again."""
+    """Absorbing(2) that masks two positions in all ways at once, in proportion to their chances:
+    rows of four, for the subsets {0}, {1}, {0, 1} and {0, 1} again."""
 
     def mask_some(self, x0, given):
         masked = torch.tensor([[1, 0], [0, 1], [1, 1], [1, 1]]).bool().repeat(len(x0) // 4, 1)
@@ -521,8 +744,7 @@ def test_the_wdce_gradient_is_that_of_the_bound_and_vanishes_at_the_optimum():
     weights = (optimum / 4).repeat_interleave(4)
 
     def ours(model):
-        loss, _ = sepo.wdce_loss(process, model, x, torch.zeros_like(x, dtype=torch.bool), weights)
-        return gradient(loss, model)
+        return gradient(sepo.wdce_loss(process, model, x, weights), model)
     best = posterior_table(optimum, V, L)
     assert ours(best).abs().max() < 1e-6
     for model in (Table(V, L), network(V, L)):
@@ -540,82 +762,76 @@ def test_the_wdce_gradient_is_that_of_the_bound_and_vanishes_at_the_optimum():
 
 
 def optimum(p_ref_consistent=True, V=2, L=3, beta=0.5):
-    """The optimum of J as a table, with every path of it, its rewards and its reference."""
+    """The optimum of J as a table, its process, every path of it, their rewards and log-ratios
+    [1, B], and the reference."""
     process = Absorbing(V)
     reference = posterior_table(random_law(V, L), V, L) if p_ref_consistent else Table(V, L)
     log_ref = process.exact_law(reference, L).detach().log()
     model = posterior_table((log_ref + some_reward(sequences(V, L)) / beta).softmax(0), V, L)
-    path, _ = every_path(process, model, L)
-    with torch.no_grad():
-        logp_ref = process.replay(reference, path)
-    return process, model, path, some_reward(path.tokens)[None], logp_ref, beta
+    tokens, path, _ = every_path(process, model, L)
+    log_ratio = log_ratio_of(process, model, reference, path)[None]
+    return process, model, path, some_reward(tokens)[None], log_ratio, beta, reference
 
 
 def test_prdp_is_zero_at_the_optimum_of_a_consistent_reference_only():
-    process, model, path, R, logp_ref, beta = optimum()
-    loss, _ = sepo.prdp_loss(process, model, path, R, kl_of(path, logp_ref, R), beta)
+    process, model, path, R, log_ratio, beta, _ = optimum()
+    loss, _ = sepo.prdp_loss(process.logp(model, path), path, R, log_ratio, beta)
     assert loss.item() == pytest.approx(0, abs=1e-9)
     assert gradient(loss, model).abs().max() < 1e-4
     generator = torch.Generator().manual_seed(9)
     for _ in range(3):
         noise = 0.1 * torch.randn(model.logits.shape, generator=generator)
         other = Table(2, 3, (model.logits + noise).detach())
-        assert sepo.prdp_loss(process, other, path, R, kl_of(path, logp_ref, R), beta)[0] > 1e-4
-    process, model, path, R, logp_ref, beta = optimum(p_ref_consistent=False)
-    assert sepo.prdp_loss(process, model, path, R, kl_of(path, logp_ref, R), beta)[0] > 1e-3
+        assert sepo.prdp_loss(process.logp(other, path), path, R, log_ratio, beta)[0] > 1e-4
+    process, model, path, R, log_ratio, beta, _ = optimum(p_ref_consistent=False)
+    assert sepo.prdp_loss(process.logp(model, path), path, R, log_ratio, beta)[0] > 1e-3
 
 
 def test_prdp_is_the_mean_over_all_pairs_and_descends_the_regularised_objective():
-    process, _, path, R, logp_ref, beta = optimum()
+    process, _, path, R, _, beta, reference = optimum()
     model, G = Table(2, 3), R.numel()
-    with torch.no_grad():
-        path.logp = process.replay(model, path)
-    loss, _ = sepo.prdp_loss(process, model, path, R, kl_of(path, logp_ref, R), beta)
-    d = beta * (path.logp - logp_ref).sum(1) - R[0]
+    logp = process.logp(model, path)
+    path.logp = logp.detach()
+    log_ratio = log_ratio_of(process, model, reference, path)[None]
+    loss, _ = sepo.prdp_loss(logp, path, R, log_ratio, beta)
+    d = (beta * log_ratio - R)[0]
     pairs = ((d[:, None] - d) ** 2).sum().item() / (2 * G * G)
     assert loss.item() == pytest.approx(pairs / (2 * beta), rel=1e-4)
-    A = sepo.advantages(path_return(R[0], path.logp - logp_ref, beta)[None], "loo")[0]
-    loop, _ = sepo.loop_loss(process, model, sepo.draw_view(process, model, path, 0), A)
+    A = sepo.advantages(R - beta * log_ratio, "loo")[0]
+    loop, _ = sepo.loop_loss(logp, path, A)
     assert close(gradient(loss, model), gradient(loop, model) * (G - 1) / G, 1e-4)
 
 
 @pytest.mark.parametrize("drift, R, loss, active", [
     (0.3, -1, 0.18, 1), (0.3, 1, 0.125, 0), (0.05, -1, 0.125, 0)])
 def test_the_proximal_clip_by_hand(drift, R, loss, active):
-    """Two paths of one slot, beta = 1, rewards 0 and R, both log-ratios now 0; the second was
+    """Two paths of one position, beta = 1, rewards 0 and R, both log-ratios now 0; the second was
     `drift` when it was drawn, clip 0.1. Free, the errors differ by R: (R/2)^2 / 2. Drift 0.3 holds
     the second at 0.2: it may not fall further for R = -1, where the error (1.2/2)^2 / 2 is the
     larger, and is free to turn back for R = 1."""
-    process, model = Absorbing(2), Table(2, 1, torch.zeros(3, 1, 2))
-    logp_ref = torch.full((2, 1), 0.5).log()
-    old = logp_ref + torch.tensor([[0.0], [drift]])
-    path = MaskPath(torch.tensor([[0], [1]]), torch.full((2, 1), 0.5), old, 2)
-    rewards = torch.tensor([[0.0, R]])
-    got, clip_fraction = sepo.prdp_loss(process, model, path, rewards, kl_of(path, logp_ref, rewards), 1.0, 0.1)
+    log_ratio = torch.tensor([[0.0, drift]])
+    logp = torch.full((2, 1), 0.5).log()
+    path = path_of(logp + log_ratio.view(2, 1))
+    got, clip_fraction = sepo.prdp_loss(logp, path, torch.tensor([[0.0, R]]), log_ratio, 1.0, 0.1)
     assert got.item() == pytest.approx(loss, abs=1e-6) and clip_fraction == 0.5 * active
 
 
-def test_prdp_clips_every_event():
-    """Log-ratios of two events, old (0.3, -0.4), now (0, 0): moves of -0.3 and +0.4 are held at
-    -0.2 and +0.2, so the path stands at -0.1 where it would be at 0."""
-    process, model = Absorbing(2), Table(2, 2, torch.zeros(9, 2, 2))
-    path = process.sample(model, 2, 2)
-    logp_ref = path.logp.clone()
-    path.logp[0] += torch.tensor([0.3, -0.4])
-    rewards = torch.tensor([[0.0, 1.0]])
-    loss, _ = sepo.prdp_loss(process, model, path, rewards, kl_of(path, logp_ref, rewards), 1.0, 0.2)
-    free, near = 1 ** 2 / 8, (1 - 0.1) ** 2 / 8
-    assert loss.item() == pytest.approx(max(free, near), abs=1e-5)
-    rewards = torch.tensor([[1.0, 0.0]])
-    loss, _ = sepo.prdp_loss(process, model, path, rewards, kl_of(path, logp_ref, rewards), 1.0, 0.2)
-    assert loss.item() == pytest.approx((1 + 0.1) ** 2 / 8, abs=1e-5)
+@pytest.mark.parametrize("R, loss", [([0.0, 1.0], 1 / 8), ([1.0, 0.0], 1.1 ** 2 / 8)])
+def test_prdp_clips_every_transition(R, loss):
+    """Log-ratios of two transitions, old (0.3, -0.4), now (0, 0): moves of -0.3 and +0.4 are held
+    at -0.2 and +0.2, so the path stands at -0.1 where it would be at 0."""
+    path = path_of(torch.tensor([[0.3], [-0.4], [0.0], [0.0]]), row=[0, 0, 1, 1])
+    log_ratio = torch.tensor([[-0.1, 0.0]])
+    got, _ = sepo.prdp_loss(torch.zeros(4, 1), path, torch.tensor([R]), log_ratio, 1.0, 0.2)
+    assert got.item() == pytest.approx(loss, abs=1e-5)
 
 
 @pytest.mark.parametrize("G", [1, 4])
 def test_prdp_of_a_degenerate_group_is_zero(G):
     model, process = network(3, 4), Absorbing(3)
-    path = process.sample(model, G, 4)
-    loss, _ = sepo.prdp_loss(process, model, path, torch.ones(1, G), torch.zeros(1, G), 0.1)
+    _, path = process.sample(model, G, 4)
+    loss, _ = sepo.prdp_loss(process.logp(model, path), path, torch.ones(1, G), torch.zeros(1, G),
+                             0.1)
     assert loss.item() == pytest.approx(0, abs=1e-9) and gradient(loss, model).abs().max() < 1e-5
 
 # -----------------------------------------------------------------------------
@@ -638,12 +854,19 @@ def test_degenerate_groups_get_zeros(kind, rewards):
     assert (sepo.advantages(rewards, kind) == 0).all()
 
 
-def test_the_baseline_is_learnt_across_the_run():
-    """decay 0.5: returns of mean 0 then 4 weigh 1 : 2, so the mean is 8/3."""
-    baseline = sepo.Baseline(decay=0.5)
-    baseline.update(torch.zeros(1, 4))
-    baseline.update(torch.full((1, 4), 4.0))
-    assert torch.allclose(sepo.advantages(R, "running", baseline), R - 8 / 3, atol=1e-5)
+def test_the_running_mean_is_of_the_rollouts_before():
+    """decay 0.5: returns of mean 0 then 4 weigh 1 : 2, so the mean is 8/3; R - 2 log-ratio counts.
+    Rollouts that were known before the run (iter 0) do not, nor does that of the iteration."""
+    tokens, zeros = torch.zeros(4, 1, dtype=torch.long), torch.zeros(2, 2)
+    known, now = (rollout_of(tokens, zeros + 100, iter=i) for i in (0, 3))
+    past = [known, rollout_of(tokens, zeros + 1, zeros + 0.5, iter=1),
+            rollout_of(tokens, torch.tensor([[3.0, 4.0], [4.0, 5.0]]), iter=2), now]
+    mean = sepo.running_mean(past, 3, beta=2.0, decay=0.5)
+    assert mean.item() == pytest.approx(8 / 3)
+    assert torch.allclose(sepo.advantages(R, "running", baseline=mean), R - 8 / 3, atol=1e-5)
+    assert sepo.running_mean(past, 2, beta=2.0) == 0
+    assert sepo.running_mean(past, 1, beta=2.0) is None         # the first has its own mean
+    assert sepo.running_mean([], 1, beta=2.0) is None
 
 
 @pytest.mark.parametrize("beta", [0.1, 0.0])
@@ -660,8 +883,20 @@ def test_share_of_optimum_is_zero_for_the_reference_and_one_at_the_optimum(beta)
     assert best["exact_reward"] == pytest.approx(best["optimum_reward"], abs=1e-3)
 
 
+@pytest.mark.parametrize("beta", [0.1, 0.0])
+def test_the_unit_of_rewards_changes_no_share(beta):
+    process, reference, other = Absorbing(3), network(3, 3), network(3, 3, seed=1)
+    results = [sepo.ground_truth(process, reference, lambda x: unit * some_reward(x).double(), 3,
+                                 unit * beta) for unit in (1, 1e-9, 1e9)]
+    plain, *others = [exact(other) for exact in results]
+    for result, unit in zip(others, (1e-9, 1e9)):
+        assert result["share_of_optimum"] == pytest.approx(plain["share_of_optimum"], rel=1e-6)
+        assert result["exact_kl"] == pytest.approx(plain["exact_kl"])
+        assert result["optimum_reward"] == pytest.approx(unit * plain["optimum_reward"])
+
+
 def unlikely_letter(bias):
-    """A reference whose logit of letter 1 is lower by `bias` in every slot."""
+    """A reference whose logit of letter 1 is lower by `bias` at every position."""
     reference = network(3, 3)
     with torch.no_grad():
         reference.head.bias -= torch.tensor([0.0, bias, 0.0])
@@ -669,9 +904,10 @@ def unlikely_letter(bias):
 
 
 def test_the_optimum_knows_what_float32_cannot():
-    """Letter 1 alone earns, and the reference draws it with e^-100 or less per slot, which squared is
-    0 in float32. With beta = 0.005 one letter is worth 67 nats of KL at most, so it is not worth
-    its price; with beta = 0.002 all three are. J* is summed here in logarithms, slot by slot."""
+    """Letter 1 alone earns, and the reference draws it with e^-100 or less per position, which
+    squared is 0 in float32. With beta = 0.005 one letter is worth 67 nats of KL at most, so it is
+    not worth its price; with beta = 0.002 all three are. J* is summed here in logarithms, one
+    position after the other."""
     process, reward = Absorbing(3), lambda x: (x == 1).float().mean(dim=1)
     reference = unlikely_letter(100)
     for beta, best in ((0.005, 0), (0.002, 1)):
@@ -694,7 +930,7 @@ def test_the_optimum_knows_what_float32_cannot():
 
 
 def test_where_there_is_no_room_the_share_counts_what_the_kl_cost():
-    """All rewards are equal, so the reference is the optimum, and a nat spent is spent for nothing."""
+    """All rewards are equal, so the reference is the optimum, and a nat is spent for nothing."""
     process, reference = Absorbing(3), network(3, 3)
     for beta in (0.1, 0):
         exact = sepo.ground_truth(process, reference, lambda x: torch.ones(len(x)), 3, beta)
@@ -703,6 +939,12 @@ def test_where_there_is_no_room_the_share_counts_what_the_kl_cost():
         assert other["share_of_optimum"] == pytest.approx(1 - other["exact_kl"], abs=1e-6)
 
 
-def test_a_reference_that_never_draws_some_sequences_gives_no_nan():
-    exact = sepo.ground_truth(Absorbing(3), unlikely_letter(1000), some_reward, 3, 0.1)
-    assert all(math.isfinite(value) for value in exact(network(3, 3, seed=1)).values())
+@pytest.mark.parametrize("beta", [0.1, 0.0])
+def test_the_kl_to_a_reference_that_never_draws_some_sequences_is_infinite(beta):
+    exact = sepo.ground_truth(Absorbing(3), unlikely_letter(1000), some_reward, 3, beta)
+    other = exact(network(3, 3, seed=1))
+    assert other["exact_kl"] == math.inf and other["share_of_optimum"] == -math.inf
+    assert math.isfinite(other["exact_reward"]) and math.isfinite(other["optimum_reward"])
+    same = exact(unlikely_letter(1000))                         # both never do
+    assert same["exact_kl"] == pytest.approx(0, abs=1e-6)
+    assert same["share_of_optimum"] == pytest.approx(0, abs=1e-5)
