@@ -1,10 +1,10 @@
 """The tasks: an alphabet, data to pre-train on, perhaps prompts, and a black-box reward.
 
-A task is made by a function of its length. To add one, write such a function and put it into TASKS;
---data and --reward bring your own without a line of code here. Shapes: B sequences of L slots, V
-letters; token v is letter v of the alphabet.
+A task is a subclass of Task; to add one, write the class and put it into TASKS. --data and --reward
+bring your own without a line of code here. Shapes: B sequences of L positions, V letters; token v
+is letter v of the alphabet. A reward sees strings only.
 
-Reading order: what a task is; asking a reward, and keeping the answers; held-out data; the tasks
+Reading order: what a task is; querying a reward, and keeping the answers; held-out data; the tasks
 toy, dna, arithmetic, text and ehrlich; the user's own files.
 """
 import csv
@@ -12,18 +12,16 @@ import gzip
 import importlib.util
 import json
 import math
+import os
 import random
 import re
 import sys
-import warnings
 import zlib
-from collections import defaultdict
 from contextlib import redirect_stdout
-from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
+from itertools import chain
 from pathlib import Path
 from pydoc_data import topics
-from typing import Callable
 
 import torch
 import torch.nn as nn
@@ -34,53 +32,80 @@ class BadInput(ValueError):
     """What the user gave cannot be used. One line: what is wrong, where, and what to do."""
 
 
-@dataclass
 class Task:
-    name: str
-    alphabet: str
-    length: int                         # L
-    data: Callable                      # (n, generator) -> clean tokens [n, L]; a file: all it has
-    reward: Callable                    # tokens [B, L] -> [B]: a black box, no gradient
-    given: Callable | None = None       # clean tokens [n, L] -> bool [n, L]: slots of the prompt
-    held: Callable | None = None        # like data, of sequences that data never gives
-    is_held: Callable = lambda x: is_held_out(x)    # clean tokens [n, L] -> bool [n]
-    measure: Callable = lambda tokens: {}   # tokens [B, L] -> {column: number} of the report
-    pad: str = ""                       # the letter that fills up short sequences
+    """What to learn. A subclass gives
+
+        alphabet    str: its letters; token v is letter v
+        length      int: L, the number of positions
+        flags       dict: defaults of train.py for this task, such as dict(n_layer=2, iters=80)
+        draw        (n, generator) -> clean tokens [n, L] to pre-train on
+        reward      (samples: list[str]) -> list[float]: the black box, one number per sample
+
+    and may give, for clean tokens x [n, L],
+
+        given       (x) -> bool [n, L]: which positions are the prompt (default: none)
+        is_held     (x) -> bool [n]: which are held out (default: one in twenty, by the content of
+                    the prompt, or of the whole where there is none)
+        measure     (samples: list[str]) -> {column: number}: more columns of the report
+
+    Then TASKS["mine"] = Mine, and train.main(["--task=mine"])."""
+
+    alphabet = ""
+    length = 0
+    pad = ""                                # the letter that fills up short sequences, if any
+    flags = {}
+
+    def __init__(self, length=0):
+        self.length = length or self.length
+
+    def draw(self, n, generator):
+        raise BadInput(f"the task {type(self).__name__} has no data: give it a method draw")
+
+    def reward(self, samples):
+        raise BadInput(f"the task {type(self).__name__} has no reward: give it one, or --reward")
+
+    def given(self, x):
+        return torch.zeros_like(x, dtype=torch.bool)
+
+    def is_held(self, x):
+        return fingerprint(self.prompts(x) if self.has_prompts else x) % 20 == 0
+
+    def measure(self, samples):
+        return {}
+
+    def split(self, n, seed):
+        """n draws -> those to train on, those held out; without any where there are too few."""
+        x = self.draw(n, torch.Generator().manual_seed(seed))
+        held = self.is_held(x)
+        if len(x) < 20 or held.all():
+            held = torch.zeros_like(held)
+        return x[~held], x[held]
 
     @property
     def vocab_size(self):
         return len(self.alphabet)
 
     @property
+    def has_prompts(self):
+        return type(self).given is not Task.given
+
+    @property
     def blank(self):
         """How the mask is written: _, or another letter that the alphabet leaves free."""
-        return next(c for c in "_?#@~\0" if c not in self.alphabet)
-
-    def slots_given(self, x):
-        """Clean tokens [n, L] -> bool [n, L]: the slots of the prompt; none without prompts."""
-        return self.given(x) if self.given else torch.zeros_like(x, dtype=torch.bool)
+        return unused("_?#@~", self.alphabet)
 
     def prompts(self, x):
-        """Clean tokens [n, L] -> their prompts: the mask V in all slots that are not given."""
-        return x.where(self.slots_given(x), self.vocab_size)
-
-    def held_out(self, n, seed):
-        """At most n sequences that pre-training does not see, if there are some -> [n, L]."""
-        draw = self.held or self.data
-        return draw(n, torch.Generator().manual_seed(seed + 1))[:n]
+        """Clean tokens [n, L] -> their prompts: the mask V at all positions that are not given."""
+        return x.where(self.given(x), self.vocab_size)
 
     def decode(self, tokens):
-        """Tokens [B, L] -> B strings; a mask is written as `blank`."""
+        """Tokens [B, L] -> B strings of L letters; a mask is written as `blank`."""
         letters = self.alphabet + self.blank
         return ["".join(letters[v] for v in row) for row in tokens.tolist()]
 
-    def samples(self, tokens):
-        """Tokens [B, L] -> B strings without pads, as a reward or a reader wants them."""
-        return [string.replace(self.pad, "") for string in self.decode(tokens)]
-
     def strings(self, tokens):
-        """Tokens [B, L] -> B strings without the pads at their end; `encode` is the inverse."""
-        return [string.rstrip(self.pad or "\0") for string in self.decode(tokens)]
+        """Tokens [B, L] -> B strings without any pad, as a reward or a reader wants them."""
+        return [string.replace(self.pad, "") for string in self.decode(tokens)]
 
     def encode(self, strings, blank=""):
         """Strings -> tokens [B, L]; short ones are filled up with the pad, if there is one.
@@ -88,12 +113,15 @@ class Task:
         letters = self.alphabet + blank
         if self.pad:
             strings = [string.ljust(self.length, self.pad) for string in strings]
-        for string in strings:
+        for n, string in enumerate(strings, 1):
+            which = f"sequence {n}: " if len(strings) > 1 else ""
             for i, c in enumerate(string, 1):
                 if c not in letters:
-                    raise BadInput(f"{c!r} at position {i} of {string!r:.40} is not in {letters!r}")
+                    raise BadInput(f"{which}{c!r} at position {i} of {string!r:.40} is not in "
+                                   f"{letters!r}")
             if len(string) != self.length:
-                raise BadInput(f"{string!r:.40} has {len(string)} letters, the task {self.length}")
+                raise BadInput(f"{which}{string!r:.40} has {len(string)} letters, the task "
+                               f"{self.length}")
         return tokens_of(strings, letters)
 
 
@@ -101,176 +129,166 @@ def tokens_of(strings, letters):
     """Strings of one length -> tokens [n, L]; -1 for what is not among the letters."""
     return torch.tensor([[letters.find(c) for c in string] for string in strings])
 
+
+def unused(preferred, letters):
+    """A letter that does not occur: one of the preferred ones, or any other."""
+    return next(c for c in chain(preferred, map(chr, range(33, 0x10000))) if c not in letters)
+
 # -----------------------------------------------------------------------------
-# asking a reward
+# querying a reward, and keeping the answers
 
 
-def ask(task, tokens, on_error=None):
-    """The task's reward of tokens [B, L] -> float64 [B] on their device. What it prints goes to
-    standard error.
+def query(reward, samples, catch=False):
+    """Ask a reward about samples, list[str] -> (values, problem).
 
-    on_error: the reward of a sample for which it raises, or returns no finite number. None: stop,
-    with BadInput for what it returned and its own traceback for what it raised."""
+    values: a float per sample, in their order; NaN where the reward failed, that is, returned None,
+    NaN or infinity, or raised with catch=True (then each sample of the batch is asked alone).
+    problem: the first failure, in one line; empty if there is none. What the reward prints goes to
+    standard error. Raises RuntimeError from what the reward raises, and BadInput where it returns
+    no list of one number per sample."""
+    given = list(samples)
     try:
         with redirect_stdout(sys.stderr):
-            values = task.reward(tokens)
-            if hasattr(values, "tolist"):               # of torch or numpy
+            values = reward(given)
+            if hasattr(values, "tolist"):               # of torch, numpy or pandas
                 values = values.tolist()
-            is_list = hasattr(values, "__iter__") and not isinstance(
-                values, (dict, set, frozenset, str, bytes))
-            if not is_list:
-                raise BadInput(f"the reward returned {values!r:.80}: it must return one number per "
-                               "sample, in the order of the samples")
-            values = [v.item() if hasattr(v, "item") else v for v in values]    # runs a generator
-    except BadInput:                                    # such as a list that was sorted in place
+            if hasattr(values, "__next__"):             # a generator runs now
+                values = list(values)
+    except BadInput:                                    # such as a task without a reward
         raise
-    except Exception as error:
-        if on_error is None and isinstance(error, OSError):     # main would not show where it is
+    except (Exception, SystemExit) as error:
+        if not catch:
             raise RuntimeError("the reward raised an exception") from error
-        if on_error is None:
-            raise
-        if len(tokens) > 1:                 # which sample was it? each is asked alone
-            return torch.cat([ask(task, x, on_error) for x in tokens.split(1)])
-        warnings.warn(f"the reward failed: {error!r}; --on_error makes it {on_error}")
-        values = [on_error]
-    if len(values) != len(tokens):
-        raise BadInput(f"the reward returned {len(values)} values for {len(tokens)} samples")
-    for i, value in enumerate(values):
-        if isinstance(value, (int, float)) and abs(value) <= sys.float_info.max:
-            continue
-        if on_error is None:
-            raise BadInput(f"the reward of sample {i}, {task.samples(tokens)[i]!r}, is "
-                           f"{value!r:.80}: a finite number is needed")
-        values[i] = on_error
-    return torch.tensor(values, dtype=torch.double, device=tokens.device)
+        if len(samples) == 1:
+            return [math.nan], f"the reward of {samples[0]!r} raised {error!r:.80}"
+        values, problems = zip(*(query(reward, [sample], catch) for sample in samples))
+        return [value for value, in values], next(filter(None, problems), "")
+    if given != samples:
+        raise BadInput("the reward changed its list of samples, so its values may be in another "
+                       "order: work on a copy, as in sorted(samples)")
+    try:
+        if not isinstance(values, (list, tuple)) or len(values) != len(samples):
+            raise TypeError
+        numbers = [math.nan if value is None else float(value + 0) for value in values]
+    except (TypeError, ValueError, OverflowError):
+        raise BadInput(f"the reward returned {values!r:.80} for {len(samples)} samples: it must "
+                       "return one number per sample, in the order of the samples") from None
+    failed = [i for i, number in enumerate(numbers) if not math.isfinite(number)]
+    problem = f"the reward of {samples[failed[0]]!r} is {values[failed[0]]!r:.80}" if failed else ""
+    return [number if math.isfinite(number) else math.nan for number in numbers], problem
 
 
-class Paid:
-    """The file rewards.jsonl of a run: a line for every sample of every rollout, written as soon as
-    the black box has answered. A sample that is in the file is not asked again.
+RESERVED = {"iter", "phase", "queries", "failed", "reward", "reward_std", "best", "kl",
+            "clip_fraction", "grad_norm"}           # columns of metrics.jsonl
 
-    {"iter": 3, "sample": "TCTCTC", "reward": 0.75, "kl": 1.31, "log_ref": -9.2}, with the prompt
-    where there is one; kl and log_ref are those of `Rollout`. Samples that belong to no rollout
-    have a "stage" (check, optimum, evaluation, report ...); those of other processes than the
-    first have their "rank", and a process knows only its own. Samples whose lines were not yet
+
+def measured(task, samples):
+    """What the task measures of samples -> {column: float}; raises BadInput."""
+    columns = task.measure(samples)
+    try:
+        values = {str(name): float(value) for name, value in columns.items()}
+        if RESERVED.isdisjoint(values):
+            return values
+    except (AttributeError, TypeError, ValueError):
+        pass
+    raise BadInput(f"measure returned {columns!r:.80}: {{column: number}} is needed, and other "
+                   f"names than {', '.join(sorted(RESERVED))}")
+
+
+class RewardLog:
+    """A memo of rewards, in the file rewards.jsonl of a run: one JSON line per distinct query,
+    written as soon as the black box has answered. What is in it is not asked again.
+
+        {"sample": "TCTCTC", "reward": 0.75, "iter": 3}
+
+    iter: the rollout that asked it first; other queries have a "stage" (check, evaluation, report).
+    A sample that failed has --on_error as its reward, and "failed": true. Answers that were not yet
     written when the process was killed are asked again."""
 
-    def __init__(self, file, rank=0, on_error=None, pad=""):
-        self.file, self.rank, self.on_error = file, rank, on_error
-        self.reward_of = {}                             # sample without any pad -> reward
-        self.seen, self.best = set(), -math.inf         # samples of rollouts; the largest reward
-        self.old = defaultdict(list)    # (iter, stage) -> lines written before the run was resumed
-        for line in whole_lines(file.read_text() if file.exists() else ""):
-            if line.get("rank", 0) == rank:
-                self.reward_of[line["sample"].replace(pad, "")] = line["reward"]
-                self.old[line.get("iter"), line.get("stage")].append(line)
+    def __init__(self, file=None, on_error=None, is_writer=True):
+        """file None: in memory alone. on_error: the reward of samples that fail; None: stop."""
+        self.file, self.on_error, self.is_writer = file, on_error, is_writer
+        self.lines, self.reward_of = [], {}
+        if file and file.exists():
+            content = file.read_bytes()
+            whole = content[:content.rfind(b"\n") + 1]      # a kill may have torn the last line
+            if is_writer:
+                os.truncate(file, len(whole))
+            try:
+                self.remember([json.loads(line) for line in whole.splitlines()])
+            except (KeyError, TypeError, ValueError) as error:
+                raise BadInput(f"{file} is damaged: {error!r}") from None
 
-    def ask(self, task, tokens, iter=None, stage=None, **columns):
-        """The reward of tokens [B, L] -> float64 [B]. columns: tensors [B] to be noted with it."""
-        strings, samples = task.strings(tokens), task.samples(tokens)
-        new = {s: i for i, s in enumerate(samples) if s not in self.reward_of}
-        if new:
-            answers = ask(task, tokens[list(new.values())], self.on_error).tolist()
-            self.reward_of |= zip(new, answers)
-        rewards = [self.reward_of[sample] for sample in samples]
-        old = [line["sample"] for line in self.old.pop((iter, stage), [])]
-        if old[-len(strings):] != strings:      # else it was killed after it had written these
-            where = dict(iter=iter, stage=stage, rank=self.rank or None)
-            where = {name: value for name, value in where.items() if value is not None}
-            table = dict(sample=strings, reward=rewards)
-            table |= {name: column.tolist() for name, column in columns.items()}
-            if task.given:
-                table["prompt"] = task.strings(task.prompts(tokens))
-            rows = (dict(zip(table, row)) for row in zip(*table.values()))
-            with open(self.file, "a") as file:  # one write: other processes write here, too
-                file.write("".join("\n" + json.dumps(where | row) for row in rows))
-        if stage is None:
-            self.count(samples, rewards)
-        return torch.tensor(rewards, dtype=torch.double, device=tokens.device)
+    def remember(self, lines):
+        self.lines += lines
+        self.reward_of |= {line["sample"]: float(line["reward"]) for line in lines}
 
-    def count(self, samples, rewards):
-        """len(seen) is the number of distinct samples in the rollouts."""
-        self.seen.update(samples)
-        self.best = max(self.best, *rewards)
+    def add(self, rewards, **where):
+        """Remember {sample: reward}, and write the lines at once."""
+        lines = [dict(sample=sample, reward=r, **where) for sample, r in rewards.items()]
+        if lines and self.file and self.is_writer:
+            with open(self.file, "a") as file:
+                file.write("".join(json.dumps(line) + "\n" for line in lines))
+        self.remember(lines)
 
-    def recall(self, task, iter, group, size):
-        """The rollout of an iteration before the run was resumed, `group` samples per prompt."""
-        lines = self.old.pop((iter, None), [])[-size:]
-        if len(lines) < size:
-            raise BadInput(f"{self.file} lacks rewards of iteration {iter}: it cannot be resumed")
-        rollout = rollout_of(task, lines, group)
-        self.count(task.samples(rollout.tokens), rollout.reward.flatten().tolist())
-        return rollout
+    def query(self, reward, samples, ask=query, **where):
+        """The rewards of samples, list[str] -> float64 [B]. ask: how to query the new ones. where:
+        iter or stage of their lines. Raises BadInput; good answers are kept even then."""
+        new = [sample for sample in dict.fromkeys(samples) if sample not in self.reward_of]
+        values, problem = ask(reward, new, catch=self.on_error is not None) if new else ([], "")
+        answers = dict(zip(new, values))
+        failed = [sample for sample, value in answers.items() if math.isnan(value)]
+        self.add({sample: answers[sample] for sample in new if sample not in failed}, **where)
+        if failed and self.on_error is None:
+            raise BadInput(f"{problem}: a finite number is needed; --on_error=VALUE is the reward "
+                           "of such samples")
+        self.add(dict.fromkeys(failed, self.on_error), failed=True, **where)
+        if failed and self.is_writer:
+            print(f"warning: {problem}; {len(failed)} of {len(new)} new samples failed: their "
+                  f"reward is {self.on_error:g}", file=sys.stderr)
+        return torch.tensor([self.reward_of[sample] for sample in samples], dtype=torch.double)
 
+    @property
+    def failed(self):
+        """The samples for which the reward failed."""
+        return {line["sample"] for line in self.lines if line.get("failed")}
 
-def whole_lines(text):
-    """The objects of a rewards.jsonl, without empty lines and those that a kill has torn."""
-    for line in text.splitlines():
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
-            pass
+    def queries(self, iter):
+        """The number of distinct queries in the rollouts up to an iteration."""
+        return sum(line.get("iter", math.inf) <= iter for line in self.lines)
 
 
-@dataclass
-class Rollout:
-    """Samples whose rewards are known: P prompts with G samples each."""
-    tokens: torch.Tensor                # [P * G, L]
-    reward: torch.Tensor                # [P, G]     float64
-    kl: torch.Tensor                    # [P, G]     log p(path)/p_ref(path) of the policy of that
-                                        #            time, nats; 0 where the reference drew them
-    log_ref: torch.Tensor               # [P, G]     log p_ref(path), nats
-
-
-def rollout_of(task, lines, group):
-    """Lines of a rewards.jsonl -> Rollout, `group` samples for each prompt."""
-    tokens = task.encode([line["sample"] for line in lines])
-    rows = [(line["reward"], line.get("kl", 0), line.get("log_ref", 0)) for line in lines]
-    reward, kl, log_ref = torch.tensor(rows, dtype=torch.double).T.reshape(3, -1, group)
-    return Rollout(tokens, reward, kl.float(), log_ref.float())
-
-
-def read_known(task, file, group):
-    """--known=FILE: a rewards.jsonl, or CSV or TSV with columns `sample` and `reward` -> Rollouts
-    of one prompt and some `group` samples each, as if the reference had drawn them; prompts with a
-    single sample are left out. BadInput, with file and row, for what is wrong."""
+def read_known(task, file):
+    """--known=FILE: a rewards.jsonl, or CSV or TSV with columns `sample` and `reward` -> tokens
+    [n, L], rewards float64 [n]. BadInput, with file and row, for what is wrong."""
     try:
         text = Path(file).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise BadInput(f"--known={file} cannot be read: {error}") from None
-    if text.lstrip().startswith("{"):
-        lines = [line for line in whole_lines(text) if line.get("stage") != "optimum"]
+    if text.startswith("{"):
+        log = RewardLog(Path(file), is_writer=False)
+        rows = [line for line in log.lines if line["sample"] not in log.failed]
     else:
         delimiter = "\t" if "\t" in text.partition("\n")[0] else ","
-        lines = list(csv.DictReader(text.splitlines(), delimiter=delimiter, skipinitialspace=True))
-    if not lines:
-        raise BadInput(f"--known={file} has no row")
-    if not {"sample", "reward"} <= set(lines[0]):
-        raise BadInput(f"--known={file}: columns sample and reward are needed; it has "
-                       f"{', '.join(map(str, lines[0]))}")
-    groups = defaultdict(list)
-    for i, line in enumerate(lines, 1):
+        rows = csv.DictReader(text.splitlines(), delimiter=delimiter, skipinitialspace=True)
+    tokens, rewards = [], []
+    for i, row in enumerate(rows, 1):
         try:
-            line = dict(sample=str(line["sample"]), reward=float(line["reward"]))
-            x = task.encode([line["sample"]])
-            if not math.isfinite(line["reward"]):
-                raise BadInput(f"the reward is {line['reward']}")
-        except (KeyError, TypeError, ValueError) as error:
+            tokens.append(task.encode([str(row["sample"])]))
+            rewards.append(float(row["reward"]))
+            if not math.isfinite(rewards[-1]):
+                raise BadInput(f"the reward is {rewards[-1]}")
+        except KeyError as error:
+            raise BadInput(f"--known={file}: columns sample and reward are needed, there is no "
+                           f"{error}") from None
+        except (TypeError, ValueError) as error:
             raise BadInput(f"--known={file}, row {i}: {error}") from None
-        groups[task.decode(task.prompts(x))[0]].append(line)        # of the same prompt
-    parts = []
-    for lines in groups.values():
-        n = max(1, len(lines) // max(2, group))         # rollouts of `group` samples or a few more
-        parts += [lines[i::n] for i in range(n)]
-    return [rollout_of(task, part, len(part)) for part in parts if len(part) > 1]
+    if not rewards:
+        raise BadInput(f"--known={file} has no row")
+    return torch.cat(tokens), torch.tensor(rewards, dtype=torch.double)
 
 # -----------------------------------------------------------------------------
 # held-out data
-
-def is_held_out(x):
-    """Which of x [n, L] are for testing: one in twenty, by content, so copies stay together."""
-    return fingerprint(x) % 20 == 0
-
 
 def fingerprint(x):
     """A number for each sequence of x [n, L] -> [n]; equal for equal ones."""
@@ -279,35 +297,22 @@ def fingerprint(x):
     return sum((column + 1) * weight for column, weight in zip(x.T, weights))
 
 
-def split(draw, is_held=is_held_out):
-    """draw(n, generator) -> [n, L] is split into (data, held), which never give the same."""
-    def side(wanted, n, generator=None):
-        parts = []
-        while sum(map(len, parts)) < n:
-            x = draw(n + 20, generator)
-            parts.append(x[is_held(x) == wanted])
-        return torch.cat(parts)[:n]
-    return partial(side, False), partial(side, True)
-
-
-def windows(x, length):
-    """Tokens x [n], -1 where no window may lie -> (data, held): windows [n, length], each of them
-    equally likely.
-
-    Held out is the last twentieth of all windows, less those that overlap one of the others or
-    occur among them."""
+def split_windows(x, length, n, seed):
+    """Tokens x, -1 where no window may lie -> n random windows [n, length] to train on, and those
+    held out: of the last twentieth of all windows those that neither overlap nor equal one of the
+    others."""
     rows = F.pad(x, (0, length), value=-1).unfold(0, length, 1)     # a view: it takes no memory
     start = (rows.amin(dim=1) >= 0).nonzero().squeeze(1)
     if not len(start):
         raise BadInput(f"no sequence has {length} known letters in a row, the length of a window")
-    train, test = start.tensor_split([len(start) - len(start) // 20])
-    test = test[test >= train[-1] + length]
+    train, held = start.tensor_split([len(start) - len(start) // 20])
+    held = held[held >= train[-1] + length]
     content = fingerprint(rows)
-    test = test[~torch.isin(content[test], content[train])]
-
-    def draw(start, n, generator=None):
-        return rows[start[torch.randint(len(start), (n,), generator=generator)]]
-    return partial(draw, train), partial(draw, test) if len(test) else None
+    held = held[~torch.isin(content[held], content[train])]
+    generator = torch.Generator().manual_seed(seed)
+    train = train[torch.randint(len(train), (n,), generator=generator)]
+    held = held[torch.randperm(len(held), generator=generator)[:n]]
+    return rows[train], rows[held]
 
 # -----------------------------------------------------------------------------
 # toy: small enough to enumerate
@@ -318,16 +323,6 @@ TOY_STEP = torch.tensor([[.55, .15, .25, .05],  # a Markov chain on ACGT; row: t
                          [.05, .30, .15, .50]])
 
 
-def toy_reward(tokens):
-    """A quarter for each copy of TC, a sixteenth for each A -> [B]; with six letters at most 3/4.
-
-    TCTCTC (12/16), TCTCAA (10/16), TCAAAA (8/16) and AAAAAA (6/16) are peaks: no change of one
-    letter improves them, and AAAAAA, the lowest, is the likeliest in the data. A greedy search
-    stops at the first peak it meets."""
-    copies = ((tokens[:, :-1] == 3) & (tokens[:, 1:] == 1)).sum(dim=1)
-    return copies / 4 + (tokens == 0).sum(dim=1) / 16
-
-
 def markov_chain(step, n, length, generator):
     """n sequences of a chain with transition probabilities step [V, V], from a uniform start."""
     x = torch.randint(len(step), (n, 1), generator=generator)
@@ -336,11 +331,26 @@ def markov_chain(step, n, length, generator):
     return x
 
 
-def toy(length=6):
+class Toy(Task):
     """Short sequences of a Markov chain. What it teaches: the optimum can be known, and reached."""
-    def draw(n, generator=None):
-        return markov_chain(TOY_STEP, n, length, generator)
-    return Task("toy", "ACGT", length, draw, toy_reward)
+
+    alphabet, length = "ACGT", 6
+    flags = dict(exact=True, n_layer=2, n_embd=64, iters=80, replay=15, path_events=0, eval_every=8,
+                 report_samples=1000)
+
+    def draw(self, n, generator):
+        return markov_chain(TOY_STEP, n, self.length, generator)
+
+    def is_held(self, x):                   # nothing: there are but 4,096 sequences
+        return torch.zeros(len(x), dtype=torch.bool)
+
+    def reward(self, samples):
+        """A quarter for each copy of TC, a sixteenth for each A; with six letters at most 3/4.
+
+        TCTCTC (12/16), TCTCAA (10/16), TCAAAA (8/16) and AAAAAA (6/16) are peaks: no change of one
+        letter improves them, and AAAAAA, the lowest, is the likeliest in the data. A greedy search
+        stops at the first peak it meets."""
+        return [s.count("TC") / 4 + s.count("A") / 16 for s in samples]
 
 # -----------------------------------------------------------------------------
 # dna: binding sites, their true activity, and an oracle that can be fooled; the experiment of
@@ -397,9 +407,9 @@ def dna_sequence(length, rng):
     return "".join(letters[:length])
 
 
-def one_hot(tokens):
-    """Tokens [B, L] -> [B, 4, L]."""
-    return F.one_hot(tokens, 4).mT.float()
+def one_hot(samples):
+    """DNA strings -> [B, 4, L]."""
+    return F.one_hot(tokens_of(samples, "ACGT"), 4).mT.float()
 
 
 @cache
@@ -411,7 +421,7 @@ def oracle(length):
     rng = random.Random(0)
     measured = [dna_sequence(length, rng) for _ in range(MEASUREMENTS)]
     truth = torch.tensor([true_activity(s) for s in measured])
-    x = one_hot(tokens_of(measured, "ACGT"))
+    x = one_hot(measured)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         y = truth + NOISE * torch.randn(MEASUREMENTS)
@@ -426,67 +436,65 @@ def oracle(length):
     return net
 
 
-def dna(length=50):
+class Dna(Task):
     """Regulatory DNA. What it teaches: a learned reward goes on rising where the truth does not,
     and the KL to the data is what keeps samples where the reward can be believed."""
-    def draw(n, generator=None):
+
+    alphabet, length = "ACGT", 50
+    flags = dict(n_layer=1, n_embd=48, conv=25, pretrain_iters=1500, pretrain_lr=4e-3, steps=20,
+                 iters=40, lr=3e-4, replay=15, path_events=0, eval_every=5, report_samples=1000)
+
+    def draw(self, n, generator):
         rng = random.Random(torch.randint(2 ** 62, (1,), generator=generator).item())
-        return tokens_of([dna_sequence(length, rng) for _ in range(n)], "ACGT")
+        return tokens_of([dna_sequence(self.length, rng) for _ in range(n)], self.alphabet)
 
     @torch.no_grad()
-    def reward(tokens):
-        return oracle(length).to(tokens.device)(one_hot(tokens)).squeeze(1)
+    def reward(self, samples):
+        return oracle(self.length)(one_hot(samples)).squeeze(1)
 
-    def measure(tokens):                # GC is what the oracle takes for a cause
-        truth = sum(map(true_activity, task.decode(tokens))) / len(tokens)
-        is_gc = (tokens == 1) | (tokens == 2)
-        return {"true activity": truth, "GC": is_gc.double().mean().item()}
-
-    data, held = split(draw) if length >= 6 else (draw, None)   # else too few to spare any
-    task = Task("dna", "ACGT", length, data, reward, held=held, measure=measure)
-    return task
+    def measure(self, samples):             # GC is what the oracle takes for a cause
+        n_gc = sum(s.count("G") + s.count("C") for s in samples)
+        return {"true activity": sum(map(true_activity, samples)) / len(samples),
+                "GC": n_gc / sum(map(len, samples))}
 
 # -----------------------------------------------------------------------------
 # arithmetic: a prompt, and an answer that can be verified
 
-PROMPT = 6                  # slots of a+b=
-SYMBOLS = "0123456789+="
+PROMPT = 6                  # positions of a+b=
 
 
-def sums(n, generator=None):
-    """a+b=ccc with two-digit a and b -> [n, 9]; half of the answers are wrong in one digit."""
-    pairs = torch.randint(10, 100, (2, n), generator=generator).T.tolist()
-    x = tokens_of([f"{a}+{b}={a + b:03}" for a, b in pairs], SYMBOLS)
-    place = torch.randint(PROMPT, 9, (n, 1), generator=generator)
-    slip = torch.randint(1, 10, (n, 1), generator=generator)
-    is_wrong = torch.rand(n, 1, generator=generator) < 0.5
-    return x.scatter(1, place, (x.gather(1, place) + slip * is_wrong) % 10)
-
-
-def arithmetic_prompt(x):
-    return (torch.arange(9, device=x.device) < PROMPT).expand_as(x)
-
-
-def is_held_sum(tokens):
-    """Are the sums [n, 9] held out? a+b and b+a are together."""
-    operands = 10 * tokens[:, [0, 3]] + tokens[:, [1, 4]]
-    return is_held_out(operands.sort(dim=1).values)
-
-
-def arithmetic(length=9):
+class Arithmetic(Task):
     """Sums: a+b= is given, the answer is generated, and the truth earns 1. What it teaches: a rule
     that is learned from rewards holds on prompts never seen."""
-    if length != 9:
-        raise BadInput(f"--length={length}: arithmetic has 9 slots, as in 12+34=046")
 
-    def reward(tokens):
-        found = [re.fullmatch(r"(\d\d)\+(\d\d)=(\d{3})", s) for s in task.decode(tokens)]
+    alphabet, length = "0123456789+=", 9
+    flags = dict(n_layer=3, pretrain_iters=3000, pretrain_batch=256, pretrain_lr=1e-3,
+                 data_size=200_000, prompts=64, group=4, iters=40, lr=2e-4, path_events=0,
+                 eval_every=2, report_samples=1000)
+
+    def __init__(self, length=9):
+        if length not in (0, 9):
+            raise BadInput(f"--length={length}: arithmetic has 9 positions, as in 12+34=046")
+
+    def draw(self, n, generator):
+        """a+b=ccc with two-digit a and b; half of the answers are wrong in one digit."""
+        pairs = torch.randint(10, 100, (2, n), generator=generator).T.tolist()
+        x = tokens_of([f"{a}+{b}={a + b:03}" for a, b in pairs], self.alphabet)
+        place = torch.randint(PROMPT, 9, (n, 1), generator=generator)
+        slip = torch.randint(1, 10, (n, 1), generator=generator)
+        is_wrong = torch.rand(n, 1, generator=generator) < 0.5
+        return x.scatter(1, place, (x.gather(1, place) + slip * is_wrong) % 10)
+
+    def given(self, x):
+        return (torch.arange(9, device=x.device) < PROMPT).expand_as(x)
+
+    def is_held(self, x):                   # a+b and b+a are together
+        operands = 10 * x[:, [0, 3]] + x[:, [1, 4]]
+        return fingerprint(operands.sort(dim=1).values) % 20 == 0
+
+    def reward(self, samples):
+        found = [re.fullmatch(r"(\d\d)\+(\d\d)=(\d{3})", s) for s in samples]
         return [bool(m) and int(m[1]) + int(m[2]) == int(m[3]) for m in found]
-
-    data, held = split(sums, is_held_sum)
-    task = Task("arithmetic", SYMBOLS, 9, data, reward, given=arithmetic_prompt, held=held,
-                is_held=is_held_sum)
-    return task
 
 # -----------------------------------------------------------------------------
 # text: characters, and words of the corpus
@@ -500,198 +508,184 @@ def corpus():
     return re.sub(r"[^a-z.,']+", " ", prose.lower())
 
 
-def alphabet_of(content):
-    return "".join(sorted(set(content) - {"\n"}))
-
-
 def words_of(content):
     """Its distinct words of four letters and more."""
     return set(re.findall(r"[^\W\d_]{4,}", content.lower()))
 
 
-def text(length=48):
-    """Windows of a text; the reward is the share of slots in distinct words of that text, of four
+class Text(Task):
+    """Windows of a text; the reward is the share of letters in distinct words of that text, of four
     letters and more. What it teaches: the reward counts words, so the model learns words, not
     sentences."""
-    content = corpus()
-    alphabet, known = alphabet_of(content), words_of(content)
 
-    def reward(tokens):
-        found = [known & words_of(string) for string in task.samples(tokens)]
-        return [sum(map(len, words)) / length for words in found]
+    length = 48
+    flags = dict(n_layer=2, n_embd=96, conv=7, dropout=0.1, pretrain_iters=2500, pretrain_lr=3e-3,
+                 data_size=100_000, group=64, iters=80, beta=0.01, algo="wdce", eval_every=5,
+                 report_samples=1000)
 
-    data, held = windows(tokens_of([content], alphabet)[0], length)
-    task = Task("text", alphabet, length, data, reward, held=held)
-    return task
+    def __init__(self, length=0):
+        super().__init__(length)
+        self.alphabet = "".join(sorted(set(corpus())))
+        self.words = words_of(corpus())
+
+    def split(self, n, seed):
+        return split_windows(tokens_of([corpus()], self.alphabet)[0], self.length, n, seed)
+
+    def reward(self, samples):
+        found = [self.words & words_of(sample) for sample in samples]
+        return [sum(map(len, words)) / self.length for words in found]
 
 # -----------------------------------------------------------------------------
 # ehrlich: a hard search with a known optimum (Ehrlich functions; Stanton et al., 2407.00236)
 
-def ehrlich(length=32):
+class Ehrlich(Task):
     """Sequences in which some letters never follow others. The reward is 0 where a forbidden pair
     occurs; else the product over four motifs of q / 4, where q is the largest number of the motif's
     letters that stand at its distances, over all starts. The best is 1. What it teaches: the
     pre-trained model knows what is feasible, and the black box what is good."""
-    letters, motifs, size, banned = "ACDEFGHIKLMNPQRSTVWY", 4, 4, 3
-    if length < motifs * size:
-        raise BadInput(f"--length={length}: the motifs of ehrlich need {motifs * size} slots")
-    V, generator = len(letters), torch.Generator().manual_seed(0)
-    order = torch.rand(V, V, generator=generator).fill_diagonal_(2).argsort(dim=1)
-    is_banned = torch.zeros(V, V, dtype=torch.bool).scatter(1, order[:, :banned], True)
-    step = 2 * torch.randn(V, V, generator=generator)
-    step = step.masked_fill(is_banned, -math.inf).softmax(dim=1)
-    # one chain of all motifs, so that all of them fit into one feasible sequence
-    wanted = markov_chain(step, 1, motifs * size, generator).view(motifs, size)
-    share = torch.rand(motifs, size - 1, generator=generator)
-    gaps = (length // motifs - size) * share / share.sum(dim=1, keepdim=True)
-    places = F.pad((1 + gaps.long()).cumsum(dim=1), (1, 0))                 # [motifs, size]
 
-    def is_feasible(tokens):
-        return ~is_banned.to(tokens.device)[tokens[:, :-1], tokens[:, 1:]].any(dim=1)
+    alphabet, length = "ACDEFGHIKLMNPQRSTVWY", 32
+    flags = dict(n_layer=2, n_embd=96, pretrain_iters=2000, group=64, iters=100, beta=0.002,
+                 algo="wdce", eval_every=5, report_samples=1000)
 
-    def reward(tokens):
-        total = is_feasible(tokens).double()
-        for motif, place in zip(wanted.tolist(), places.tolist()):
-            n = length - place[-1]                              # where the motif may start
-            hits = sum(tokens[:, i:i + n] == v for v, i in zip(motif, place))       # [B, n]
-            total *= hits.amax(dim=1) / size
+    def __init__(self, length=0):
+        super().__init__(length)
+        motifs, size, banned, V = 4, 4, 3, self.vocab_size
+        if self.length < motifs * size:
+            raise BadInput(f"--length={length}: the motifs of ehrlich need {motifs * size} "
+                           "positions")
+        generator = torch.Generator().manual_seed(0)
+        order = torch.rand(V, V, generator=generator).fill_diagonal_(2).argsort(dim=1)
+        self.is_banned = torch.zeros(V, V, dtype=torch.bool).scatter(1, order[:, :banned], True)
+        step = 2 * torch.randn(V, V, generator=generator)
+        self.step = step.masked_fill(self.is_banned, -math.inf).softmax(dim=1)
+        # one chain of all motifs, so that all of them fit into one feasible sequence
+        wanted = markov_chain(self.step, 1, motifs * size, generator)
+        self.wanted = wanted.view(motifs, size)
+        share = torch.rand(motifs, size - 1, generator=generator)
+        gaps = (self.length // motifs - size) * share / share.sum(dim=1, keepdim=True)
+        self.places = F.pad((1 + gaps.long()).cumsum(dim=1), (1, 0))            # [motifs, size]
+
+    def draw(self, n, generator):
+        return markov_chain(self.step, n, self.length, generator)
+
+    def is_feasible(self, x):
+        return ~self.is_banned[x[:, :-1], x[:, 1:]].any(dim=1)
+
+    def reward(self, samples):
+        x = self.encode(samples)
+        total = self.is_feasible(x).double()
+        for motif, place in zip(self.wanted.tolist(), self.places.tolist()):
+            n = self.length - place[-1]                         # where the motif may start
+            hits = sum(x[:, i:i + n] == v for v, i in zip(motif, place))                # [B, n]
+            total *= hits.amax(dim=1) / len(motif)
         return total
 
-    def measure(tokens):
-        return {"feasible": is_feasible(tokens).double().mean().item()}
-
-    data, held = split(lambda n, generator=None: markov_chain(step, n, length, generator))
-    return Task("ehrlich", letters, length, data, reward, held=held, measure=measure)
+    def measure(self, samples):
+        return {"feasible": self.is_feasible(self.encode(samples)).double().mean().item()}
 
 
-TASKS = {"toy": toy, "dna": dna, "arithmetic": arithmetic, "text": text, "ehrlich": ehrlich}
+TASKS = {"toy": Toy, "dna": Dna, "arithmetic": Arithmetic, "text": Text, "ehrlich": Ehrlich}
 
 # -----------------------------------------------------------------------------
 # the user's own data and reward
 
-def open_task(name, length=0, data="", pad="", crop=False, reward="", format=""):
-    """The task as the flags of a run want it; raises BadInput for what cannot be used.
+class Own(Task):
+    """The sequences of a file: its letters, as long as the longest; short ones are filled up. With
+    crop: windows of `length` letters (64), which avoid letters that are not in the alphabet."""
 
-    name: one of TASKS, or `own`: the alphabet is what the file holds. length 0: the task's own.
-    data: a file to pre-train on, in a format of `read_sequences`. pad: the letter that fills up
-    short sequences. crop: cut windows. reward: file.py:function."""
-    if name not in (*TASKS, "own"):
-        raise BadInput(f"task {name!r} is not in rewards.TASKS")
-    if (pad or crop) and not data:
-        raise BadInput("--pad and --crop are for sequences from a file: give --data too")
-    if len(pad) > 1:
-        raise BadInput(f"--pad={pad}: one letter is needed")
-    sequences = read_sequences(data, format) if data else []
-    crop = crop or format == "text"
-    if name == "own":                       # as long as the longest sequence; windows: 64 letters
+    SMALL = dict(n_layer=2, n_embd=64, dropout=0.1, pretrain_iters=1000, lr=3e-4)
+    LARGE = dict(n_layer=4, conv=7, pretrain_iters=6000, pretrain_batch=64, lr=3e-4)
+
+    def __init__(self, file, length=0, alphabet="", pad="", crop=False):
+        sequences = read_sequences(file, crop, alphabet)
+        if alphabet.isupper():                          # a genome's lower case marks repeats
+            sequences = [s.upper() for s in sequences]
+        letters = "".join(sorted(set("".join(sequences))))
         lengths = set(map(len, sequences))
-        length = length or min(max(lengths), 64 if crop else math.inf)
-        task = Task("own", alphabet_of("\n".join(sequences)), length, data=None, reward=None)
-        if len(lengths) > 1 and not crop:
-            pad = pad or next(c for c in "-.*~|$" if c not in task.alphabet)
-    else:
-        task = TASKS[name](length) if length else TASKS[name]()
+        self.alphabet = alphabet or letters
+        self.length = length or min(max(lengths), 64 if crop else math.inf)
+        if lengths != {self.length} and not crop:       # no letter of SMILES, proteins or DNA
+            pad = pad or unused("|^`", letters + self.alphabet)
+        if len(pad) > 1 or pad and pad in letters + self.alphabet:
+            raise BadInput(f"--pad={pad}: one letter is needed that does not occur in the data")
+        self.pad = pad
+        self.alphabet += pad
+        self.flags = self.LARGE if sum(map(len, sequences)) >= 100_000 else self.SMALL
+        self.crop = crop
+        if crop:                                        # windows avoid line ends, and letters as N
+            self.x = tokens_of(["\n".join(sequences)], self.alphabet)[0]
+        else:
+            self.x = self.encode(sequences)
+
+    def split(self, n, seed):
+        if self.crop:
+            return split_windows(self.x, self.length, n, seed)
+        return super().split(n, seed)
+
+    def draw(self, n, generator):                       # all that there is
+        return self.x
+
+
+def open_task(task="toy", length=0, data="", alphabet="", pad="", crop=False, reward="", **_):
+    """The task as the flags of a run want it; other flags are ignored. Raises BadInput.
+
+    data: a file for `read_sequences`; reward: file.py:function."""
+    if (task == "own") != bool(data) or not data and (alphabet or pad or crop):
+        raise BadInput("--data brings its own task, with --alphabet, --pad and --crop if you want: "
+                       "leave out --task")
+    if task not in (*TASKS, "own"):
+        raise BadInput(f"--task={task}: choose one of {', '.join(TASKS)}, or bring --data")
     if data:
-        use_data(task, sequences, data, pad, crop)
+        opened = open_file(data, length, alphabet, pad, crop)
+    else:
+        opened = TASKS[task](length)
     if reward:
-        score, measure = load_reward(reward)
-        task.reward = lambda tokens: score_in_order(score, task.samples(tokens))
-        task.measure = lambda tokens: measured(measure(task.samples(tokens)))
-    return task
+        opened.reward, opened.measure = load_reward(reward)
+        opened.flags = opened.flags | dict(exact=False, report_samples=None)    # not for free
+    return opened
 
 
-def score_in_order(score, samples):
-    """The answers of a user's function, which must leave the list of samples as it is."""
-    given = list(samples)
-    values = score(given)
-    if given != samples:
-        raise BadInput("the reward changed its list of samples, so its values may be in another "
-                       "order: work on a copy, as in sorted(samples)")
-    return values
-
-
-RESERVED = {"iter", "phase", "queries", "reward", "reward_std", "best", "kl", "clip_fraction",
-            "grad_norm"}           # columns of metrics.jsonl
-
-
-def measured(columns):
-    """What a user's measure returned -> {column: float}; raises BadInput."""
+def open_file(file, *options):
     try:
-        values = {str(name): float(value) for name, value in columns.items()}
-        if RESERVED.isdisjoint(values):
-            return values
-    except (AttributeError, TypeError, ValueError):
-        pass
-    raise BadInput(f"measure returned {columns!r:.80}: {{column: number}} is needed, and other "
-                   f"names than {', '.join(sorted(RESERVED))}")
+        return Own(file, *options)
+    except BadInput as error:
+        raise BadInput(f"--data={file}: {error}") from None
 
 
-def read_sequences(file, format=""):
-    """A file, perhaps gzipped -> its sequences, list[str].
-
-    format: lines, one sequence each; fasta, with a line >name before each sequence; text, one
-    running text; empty: fasta if the file begins with >, else lines."""
+def read_sequences(file, crop=False, alphabet=""):
+    """A file, perhaps gzipped -> its sequences, list[str]: FASTA if it begins with >, else one per
+    line; with crop, lines that hold spaces are one running text. Raises BadInput."""
     opened = gzip.open if file.endswith(".gz") else open
     try:
         with opened(file, "rt", encoding="utf-8-sig") as f:
             content = f.read().strip()
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-        raise BadInput(f"--data={file} cannot be read as text: {error}") from None
-    if format == "text":
-        sequences = [" ".join(content.split())]
-    elif format == "fasta" or (not format and content.startswith(">")):
+        raise BadInput(f"it cannot be read as text: {error}") from None
+    if content.startswith(">"):
         records = ("\n" + content).split("\n>")[1:]     # a record's first line is its name
         sequences = ["".join(record.partition("\n")[2].split()) for record in records]
     else:
         sequences = re.split(r"\s*\n\s*", content)      # without empty lines
-    if not sequences:
-        raise BadInput(f"--data={file} is no FASTA: no line begins with >")
+    spaced = [i for i, s in enumerate(sequences, 1) if len(s.split()) > 1]
+    if spaced and crop:
+        return [" ".join(content.split())]
+    if spaced and " " not in alphabet:
+        raise BadInput(f"line {spaced[0]} holds white space. If names follow the sequences, keep "
+                       "the first column: cut -f1 (or cut -d' ' -f1). If it is a running text, cut "
+                       "windows with --crop; or give an --alphabet with a space")
     if "" in sequences:
-        raise BadInput(f"--data={file}: sequence {sequences.index('') + 1} is empty")
+        raise BadInput(f"sequence {sequences.index('') + 1} is empty")
     return sequences
-
-
-def use_data(task, sequences, file, pad, crop):
-    """Let the task draw its data from the sequences of a file, and say what is held out."""
-    if task.alphabet.isupper() and task.name != "own":  # a genome's lower case marks repeats
-        sequences = [s.upper() for s in sequences]
-    if pad:
-        if pad in task.alphabet or any(pad in s for s in sequences):
-            raise BadInput(f"--pad={pad} is a letter of {file} or of the task: choose another")
-        task.alphabet, task.pad = task.alphabet + pad, pad
-        sequences = [s.ljust(task.length, pad) for s in sequences]      # windows, too
-    if crop:                                            # windows avoid letters such as N
-        x = tokens_of(["\n".join(sequences)], task.alphabet)[0]
-        n_foreign = (x < 0).sum().item() - len(sequences) + 1
-        task.data, task.held = windows(x, task.length)
-        what = f"windows that avoid {n_foreign:,} foreign letters, the last 5% of them"
-    else:
-        parts = []
-        for i, s in enumerate(sequences, 1):
-            try:
-                parts.append(task.encode([s]))
-            except BadInput as error:
-                raise BadInput(f"sequence {i} of {file}: {error}; fill up with --pad=-, choose "
-                               "another --length, or cut windows that avoid foreign letters with "
-                               "--crop; without --task the alphabet is that of the file") from None
-        x = torch.cat(parts)
-        held = task.is_held(x)
-        if len(x) < 20 or held.all():                   # too few to spare any
-            held = torch.zeros_like(held)
-        task.data = lambda n, generator=None: x[~held]
-        task.held = (lambda n, generator=None: x[held]) if held.any() else None
-        what = f"{len(x):,} sequences, {held.sum():,}"
-    padded = f"; short ones are filled up with {pad}" if pad else ""
-    print(f"{file}: {what} held out{padded}", file=sys.stderr)
 
 
 def load_reward(name):
     """--reward=file.py:function -> the function, list[str] -> list[float], and the file's
     `measure`, list[str] -> {column: number}. Raises BadInput; what the file raises is passed on."""
     file, _, function = name.rpartition(":")
-    if not file.endswith(".py") or not Path(file).is_file():
+    if not file.endswith(".py") or not os.path.isfile(file):
         raise BadInput(f"--reward={name}: file.py:function is needed, and a file that exists")
-    sys.path.insert(0, str(Path(file).resolve().parent))        # it may import its neighbours
+    sys.path.insert(0, os.path.dirname(os.path.abspath(file)))  # it may import its neighbours
     spec = importlib.util.spec_from_file_location("own_reward", file)
     module = sys.modules["own_reward"] = importlib.util.module_from_spec(spec)
     with redirect_stdout(sys.stderr):

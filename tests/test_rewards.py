@@ -1,277 +1,391 @@
 """Tasks: data and rewards against what they state, held-out parts, files, faulty rewards.
 
-Read first test_a_faulty_reward_is_told_which_sample, for what a black box may return."""
+Read first test_a_faulty_answer_is_refused, for what a black box may not return."""
 import gzip
 import itertools
+import json
 import math
 import os
 import random
-from dataclasses import replace
+import re
+from decimal import Decimal
+from fractions import Fraction
 
+import numpy
 import pytest
 import torch
 
 import rewards
 from diffusion import Absorbing, Uniform
-from rewards import TASKS, TOY_STEP, BadInput, Task, ask, open_task, true_activity
+from rewards import (TASKS, TOY_STEP, BadInput, Own, RewardLog, Task, measured, open_task, query,
+                     read_known, split_windows, true_activity)
 
-toy, dna = TASKS["toy"](), TASKS["dna"]()
+toy, dna, arithmetic, text, ehrlich = (TASKS[name]() for name in TASKS)
+THREE = ["AC", "GT", "AA"]              # samples to ask about
+
+
+class Count(Task):
+    """The reward is the number of C; `asked` holds all samples that it was asked."""
+    alphabet, length = "AC", 3
+
+    def __init__(self, length=0, pad=""):
+        super().__init__(length)
+        self.asked, self.pad, self.alphabet = [], pad, self.alphabet + pad
+
+    def draw(self, n, generator):
+        return torch.randint(self.vocab_size, (n, self.length), generator=generator)
+
+    def reward(self, samples):
+        self.asked += samples
+        return [s.count("C") for s in samples]
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
 
 
 def within(count, n, p, sigmas=4.5):
     """Is a count of n trials with probability p unsurprising?"""
     return abs(count - n * p) <= sigmas * math.sqrt(n * p * (1 - p)) + 1e-9
 
-# -----------------------------------------------------------------------------
-# toy
 
-
-@pytest.mark.parametrize("text, reward", [
-    ("TCTCTC", 12), ("TCTCAA", 10), ("TCAAAA", 8), ("AAAAAA", 6), ("GGGGGG", 0), ("CTCTCT", 8)])
-def test_toy_reward_by_hand(text, reward):
-    assert toy.reward(toy.encode([text])).item() == pytest.approx(reward / 16)
-
-
-def test_toy_is_enumerable_and_has_many_separate_peaks():
-    """No change of one letter improves them, so a greedy search from a lower one stays there."""
-    assert Absorbing(4).is_small(6) and Absorbing(4).is_small(6, 16) and Uniform(4).is_small(6)
-    assert not Absorbing(4).is_small(6, 100) and not Absorbing(4).is_small(8)
-    x = torch.tensor(list(itertools.product(range(4), repeat=6)))
-    is_peak = torch.ones(len(x), dtype=torch.bool)
-    for i, v in itertools.product(range(6), range(4)):
-        y = x.clone()
-        y[:, i] = v
-        is_peak &= ~((y != x).any(1) & (toy.reward(y) >= toy.reward(x) - 1e-6))
-    peaks = toy.decode(x[is_peak])
-    assert len(peaks) == 13 and {"TCTCTC", "TCTCAA", "TCAAAA", "AAAAAA"} < set(peaks)
-
-
-def test_toy_data_follows_its_chain():
-    x = toy.data(20_000, torch.Generator().manual_seed(0))
-    assert (x == toy.data(20_000, torch.Generator().manual_seed(0))).all()
-    for a, b in itertools.product(range(4), repeat=2):
-        before = x[:, :-1] == a
-        count = ((x[:, 1:] == b) & before).sum().item()
-        assert within(count, before.sum().item(), TOY_STEP[a, b].item())
+def lines_of(file):
+    return [json.loads(line) for line in open(file)]
 
 # -----------------------------------------------------------------------------
-# letters, and asking a reward
+# what a task is
 
 
 def test_encode_and_decode_are_inverse_and_a_foreign_letter_is_named():
     assert toy.decode(toy.encode(["ACG_TA"], blank="_")) == ["ACG_TA"]
     for string, message in (("ACXGTA", "'X' at position 3 of 'ACXGTA' is not in 'ACGT'"),
                             ("ACG_TA", "'_' at position 4"), ("ACG", "'ACG' has 3 letters")):
-        with pytest.raises(BadInput, match=message):
+        with pytest.raises(BadInput, match="^" + message):
             toy.encode([string])
+        with pytest.raises(BadInput, match="^sequence 2: " + message):
+            toy.encode(["AAAAAA", string])
+    task = Task(2)
+    for task.alphabet, blank in (("CG", "_"), ("A_", "?"), ("_?#@~", "!")):     # a letter is free
+        x = torch.tensor([[0, task.vocab_size]])
+        assert task.blank == blank and task.decode(x) == [task.alphabet[0] + blank]
 
 
-@pytest.mark.parametrize("reward, message", [
-    (lambda x: torch.zeros(len(x), 2), "sample 0, 'AC', is .0.0, 0.0.: a finite number"),
-    (lambda x: [1.0, 2.0], "returned 2 values for 3 samples"),
-    (lambda x: torch.tensor([0, math.nan, 0]), "sample 1, 'GT', is nan"),
-    (lambda x: torch.tensor([0, 0, math.inf]), "sample 2, 'AA', is inf"),
-    (lambda x: [0.1, None, 0.2], "sample 1, 'GT', is None: a finite number is needed"),
-    (lambda x: [0.1, 0.2, "high"], "sample 2, 'AA', is 'high'"),
-    (lambda x: [0.1, 10 ** 400, 0.2], "sample 1, 'GT', is 1000"),
-    (lambda x: None, "the reward returned None: it must return one number per sample"),
-    (lambda x: dict(AC=1, GT=2, AA=3), "the reward returned {'AC': 1, .*in the order of the sam"),
-    (lambda x: {1.0, 2.0, 3.0}, "the reward returned {1.0, 2.0, 3.0}: it must"),
-    (lambda x: b"abc", "the reward returned b'abc': it must"),
-    (lambda x: "123", "the reward returned '123': it must"),
-    (lambda x: torch.tensor(1.0), "the reward returned 1.0: it must return one number"),
-    (lambda x: 1.0, "the reward returned 1.0: it must return one number")])
-def test_a_faulty_reward_is_told_which_sample(reward, message):
-    task = Task("t", "ACGT", 2, None, reward)
-    with pytest.raises(BadInput, match=message) as error:
-        ask(task, task.encode(["AC", "GT", "AA"]))
-    assert "\n" not in str(error.value) and len(str(error.value)) < 200
+def test_the_help_names_every_method_that_a_subclass_may_give():
+    named = set(re.findall(r"^ {8}(\w+) {2,}", Task.__doc__, re.M))
+    assert named == {"alphabet", "length", "flags", "draw", "reward", "given", "is_held", "measure"}
+    for name in ("toy", "dna", "arithmetic", "ehrlich"):        # text and own cut windows
+        given = {key for key in vars(TASKS[name]) if hasattr(Task, key) and key[0] != "_"}
+        assert {"draw", "reward"} <= given <= named
 
 
-def test_what_a_reward_raises_is_passed_on():
-    def reward(tokens):
-        raise RuntimeError("no oracle today")
-    with pytest.raises(RuntimeError, match="no oracle today"):
-        ask(Task("t", "AC", 2, None, reward), torch.zeros(1, 2, dtype=torch.long))
+def test_what_a_subclass_leaves_out():
+    with pytest.raises(BadInput, match="the task Task has no data: give it a method draw"):
+        Task(3).split(9, 0)
+    for catch in (False, True):
+        with pytest.raises(BadInput, match="the task Task has no reward: give it one, or --reward"):
+            query(Task(3).reward, ["A", "C"], catch)
+    assert Task(3).length == 3 and not Task(3).has_prompts and Task(3).measure(["A"]) == {}
+
+
+def test_pads_are_no_part_of_a_sample(tmp_path):
+    """The reward never sees them, and samples that differ in them alone are queried once, also
+    after the file was read again."""
+    task, file = Count(4, pad="-"), tmp_path / "rewards.jsonl"
+    x = task.encode(["A-C-", "AC", "-AC-", "CC"])
+    assert task.decode(x) == ["A-C-", "AC--", "-AC-", "CC--"]
+    samples = task.strings(x)
+    RewardLog(file).query(task.reward, samples[:1], iter=1)
+    assert RewardLog(file).query(task.reward, samples, iter=2).tolist() == [1, 1, 1, 2]
+    assert task.asked == ["AC", "CC"] == [line["sample"] for line in lines_of(file)]
+    tokens, values = read_known(task, str(file))
+    assert task.decode(tokens) == ["AC--", "CC--"] and values.tolist() == [1, 2]
+
+# -----------------------------------------------------------------------------
+# querying a reward
 
 
 @pytest.mark.parametrize("reward", [
-    lambda x: [float(v) for v in x[:, 0]], lambda x: (v for v in x[:, 0].tolist()),
-    lambda x: x[:, 0].numpy(), lambda x: list(x[:, 0].double().numpy()), lambda x: x[:, 0]])
+    lambda s: [1, 0.0, 0.5], lambda s: (True, False, 0.5), lambda s: [Decimal(1), Fraction(0), 0.5],
+    lambda s: (v for v in (1, 0, 0.5)), lambda s: map(float, (1, 0, 0.5)),
+    lambda s: torch.tensor([1, 0, 0.5]), lambda s: torch.tensor([1, 0, 0.5], requires_grad=True),
+    lambda s: list(torch.tensor([1, 0, 0.5])), lambda s: torch.tensor([1, 0, 0.5]).bfloat16(),
+    lambda s: numpy.array([1, 0, 0.5]), lambda s: list(numpy.array([1, 0, 0.5])),
+    lambda s: [numpy.bool_(True), numpy.int64(0), numpy.float16(0.5)],
+    lambda s: numpy.array([1, Fraction(0), Decimal("0.5")], dtype=object),
+    lambda s: pytest.importorskip("pandas").Series([1, 0, 0.5], index=s)])
 def test_a_reward_may_return_any_numbers(reward):
-    task = Task("t", "AC", 1, None, reward)
-    assert ask(task, torch.tensor([[0], [1]])).tolist() == [0, 1]
+    values, problem = query(reward, THREE)
+    assert values == [1, 0, 0.5] and problem == "" and {type(v) for v in values} == {float}
+
+
+@pytest.mark.parametrize("answer", [
+    [1.0, 2.0], [1, 2, 3, 4], [], torch.zeros(3, 2), torch.zeros(3, 1), numpy.zeros((3, 1)),
+    [0.1, 0.2, "high"], ["1", "2", "3"], [0.1, 10 ** 400, 0.2], [1, 1j, 2], None, dict(AC=1, GT=2, AA=3),
+    {1.0, 2.0, 3.0}, b"abc", "123", 1.0, torch.tensor(1.0), numpy.float64(1)], ids=repr)
+def test_a_faulty_answer_is_refused(answer):
+    """It is no list of one number per sample; --on_error, which is for samples, does not help."""
+    for catch in (False, True):
+        with pytest.raises(BadInput, match="the reward returned .* for 3 samples: it must return "
+                                           "one number per sample, in the order") as error:
+            query(lambda samples: answer, THREE, catch)
+        assert "\n" not in str(error.value) and len(str(error.value)) < 230
+
+
+@pytest.mark.parametrize("change", [list.sort, list.pop, list.clear])
+@pytest.mark.parametrize("catch", [False, True])
+def test_a_reward_that_changes_its_list_is_refused(change, catch):
+    with pytest.raises(BadInput, match="the reward changed its list of samples"):
+        query(lambda samples: [change(samples), 1, 2], THREE, catch)
+    assert THREE == ["AC", "GT", "AA"]
+
+
+@pytest.mark.parametrize("bad", [None, math.nan, math.inf, -math.inf, torch.tensor(math.nan)])
+def test_a_reward_that_is_no_finite_number_is_told(bad):
+    values, problem = query(lambda s: [2, bad, None], THREE)
+    assert values[0] == 2 and math.isnan(values[1]) and math.isnan(values[2])
+    assert problem == f"the reward of 'GT' is {bad!r}"
+    with pytest.raises(BadInput) as error:
+        RewardLog().query(lambda s: [2, bad, 3], THREE)
+    assert str(error.value) == (f"the reward of 'GT' is {bad!r}: a finite number is needed; "
+                                "--on_error=VALUE is the reward of such samples")
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError("a.csv"), ZeroDivisionError(), SystemExit(2),
+                                   RuntimeError("no oracle today")], ids=repr)
+@pytest.mark.parametrize("is_late", [False, True])
+def test_an_exception_of_the_users_own_is_never_a_line_of_ours(error, is_late):
+    def fail(samples):
+        raise error
+    reward = (lambda samples: map(fail, samples)) if is_late else fail      # when it is read
+    with pytest.raises(RuntimeError, match="the reward raised an exception") as raised:
+        query(reward, THREE)
+    assert raised.value.__cause__ is error
+    values, problem = query(reward, THREE, catch=True)
+    assert len(values) == 3 and all(map(math.isnan, values))
+    assert problem == f"the reward of 'AC' raised {error!r}"
+    error = KeyboardInterrupt()                         # Ctrl-C stops it
+    with pytest.raises(KeyboardInterrupt):
+        query(reward, THREE, catch=True)
+
+
+def test_what_a_reward_prints_goes_to_standard_error(tmp_path, capsys):
+    (tmp_path / "own.py").write_text("print('loaded')\ndef score(samples):\n    print('asked')\n"
+                                     "    for s in samples:\n        print(s)\n        yield 1\n")
+    task = open_task(reward=f"{tmp_path / 'own.py'}:score")
+    assert query(task.reward, ["TTTTTT"]) == ([1], "") and task.measure(["TTTTTT"]) == {}
+    assert tuple(capsys.readouterr()) == ("", "loaded\nasked\nTTTTTT\n")
+
+
+@pytest.mark.parametrize("columns", [
+    {"reward": 1}, {"iter": 1}, {"failed": 1}, {"x": None}, {"x": [1]}, [1], None])
+def test_what_measure_must_not_return(columns):
+    task = Count()
+    task.measure = lambda samples: columns
+    with pytest.raises(BadInput, match="measure returned .*: {column: number} is needed"):
+        measured(task, ["A"])
+    task.measure = lambda samples: {"x": len(samples), "y": torch.tensor(0.5)}
+    assert measured(task, ["A"]) == {"x": 1.0, "y": 0.5} and measured(toy, ["A"]) == {}
 
 # -----------------------------------------------------------------------------
-# what was paid for
+# the file of rewards
 
 
-def counting_task(alphabet="AC", length=3, **more):
-    """A task whose reward is its number of C, and the list of all samples that it was asked."""
-    asked = []
-    task = Task("t", alphabet, length, None, None, **more)
-
-    def reward(tokens):
-        asked.extend(task.decode(tokens))
-        return (tokens == 1).sum(dim=1)
-    task.reward = reward
-    return task, asked
-
-
-def test_a_sample_is_asked_once_whoever_asks_and_every_row_gets_a_line(tmp_path):
-    task, asked = counting_task()
-    paid = rewards.Paid(tmp_path / "rewards.jsonl")
-    x = task.encode(["AAC", "CCC", "AAC"])
-    assert paid.ask(task, x, iter=1, kl=torch.tensor([0.5, -1.0, 0.25])).tolist() == [1, 3, 1]
-    assert paid.ask(task, x[:1], 2, "evaluation").tolist() == [1] and asked == ["AAC", "CCC"]
-    lines = list(rewards.whole_lines((tmp_path / "rewards.jsonl").read_text()))
-    assert lines == [dict(iter=1, sample="AAC", reward=1, kl=0.5),
-                     dict(iter=1, sample="CCC", reward=3, kl=-1),
-                     dict(iter=1, sample="AAC", reward=1, kl=0.25),
-                     dict(iter=2, stage="evaluation", sample="AAC", reward=1)]
-    assert len(paid.seen) == 2 and paid.best == 3
+def test_a_sample_is_queried_once_whoever_asks_and_gets_a_line(tmp_path):
+    task, file = Count(), tmp_path / "rewards.jsonl"
+    log = RewardLog(file)
+    answer = log.query(task.reward, ["AAC", "CCC", "AAC"], iter=1)
+    assert answer.tolist() == [1, 3, 1] and answer.dtype == torch.double
+    log.query(task.reward, ["CCC", "ACA"], stage="evaluation")
+    log.query(task.reward, ["ACA", "AAA"], iter=2)
+    log.add({'é\u2028"\\\x1c\n': 1 / 3}, stage="check")
+    assert lines_of(file) == log.lines == [
+        dict(sample="AAC", reward=1, iter=1), dict(sample="CCC", reward=3, iter=1),
+        dict(sample="ACA", reward=1, stage="evaluation"), dict(sample="AAA", reward=0, iter=2),
+        dict(sample='é\u2028"\\\x1c\n', reward=1 / 3, stage="check")]
+    assert file.read_text().endswith("}\n")
+    assert [log.queries(iter) for iter in (0, 1, 2, 9)] == [0, 2, 3, 3]
+    again = RewardLog(file)
+    assert again.query(task.reward, ["CCC", "AAC"], iter=3).tolist() == [3, 1]
+    assert again.lines == log.lines and again.reward_of == log.reward_of and not again.failed
+    assert task.asked == ["AAC", "CCC", "ACA", "AAA"]
 
 
-def test_the_optimum_knows_everything_but_does_not_count(tmp_path):
-    task, asked = counting_task()
-    paid = rewards.Paid(tmp_path / "rewards.jsonl")
-    paid.ask(task, task.encode(["CCC", "AAA"]), stage="optimum")
-    assert not paid.seen and paid.best == -math.inf
-    assert paid.ask(task, task.encode(["AAA"]), iter=1).tolist() == [0] and len(asked) == 2
-    assert paid.seen == {"AAA"} and paid.best == 0
-
-
-@pytest.mark.parametrize("cut", range(0, 200, 7))
+@pytest.mark.parametrize("cut", [*range(0, 150, 8), 46, 47, 48, 93, 94, 95])
 def test_a_file_that_was_torn_anywhere_is_completed(cut, tmp_path):
-    """A second sitting asks for what the first had not written, and then the rollout is there."""
-    task, asked = counting_task(length=6)
-    file, kl = tmp_path / "rewards.jsonl", torch.arange(4.0)
-    x = task.encode(["AAACAC", "CCCAAA", "AAACAC", "ACACAC"])
-    first = rewards.Paid(file).ask(task, x, iter=1, kl=kl)
-    whole, n = file.read_text(), len(asked)
+    """A second sitting asks for what the first had not written to the end."""
+    task, file = Count(6), tmp_path / "rewards.jsonl"
+    samples = ["AAACAC", "CCCAAA", "AAACAC", "ACACAC"]
+    first = RewardLog(file).query(task.reward, samples, iter=1)
+    whole = file.read_text()
+    assert len(whole) == 3 * 47
+    n_kept = min(cut, len(whole)) // 47
     file.write_text(whole[:cut])
-    kept = {line["sample"] for line in rewards.whole_lines(whole[:cut])}
-    paid = rewards.Paid(file)
-    assert torch.equal(paid.ask(task, x, iter=1, kl=kl), first)
-    assert set(asked[n:]) == {"AAACAC", "CCCAAA", "ACACAC"} - kept and len(asked) == 2 * n - len(kept)
-    samples = [line["sample"] for line in rewards.whole_lines(file.read_text())]
-    assert samples[-4:] == ["AAACAC", "CCCAAA", "AAACAC", "ACACAC"] and len(samples) < 8
-    assert len(paid.seen) == 3 and paid.best == 3
+    RewardLog(file, is_writer=False)                    # of another process: it leaves the file
+    assert file.read_text() == whole[:cut]
+    log = RewardLog(file)
+    assert file.read_text() == whole[:47 * n_kept] and len(log.lines) == n_kept
+    assert torch.equal(log.query(task.reward, samples, iter=1), first)
+    assert task.asked[3:] == ["AAACAC", "CCCAAA", "ACACAC"][n_kept:] and file.read_text() == whole
 
 
-def test_the_buffer_is_rebuilt_from_the_file(tmp_path):
-    """With pads, which the file leaves out at the end, and prompts; float32 survives."""
-    task, asked = counting_task("AC-", 5, pad="-", given=lambda x: (torch.arange(5) < 2).expand_as(x))
-    x = torch.randint(3, (6, 5), generator=torch.Generator().manual_seed(0))
-    x[0] = torch.tensor([1, 0, 2, 2, 2])
-    kl = torch.randn(6)
-    paid = rewards.Paid(tmp_path / "rewards.jsonl")
-    reward = paid.ask(task, x, iter=4, kl=kl, log_ref=2 * kl)
-    first, *_ = rewards.whole_lines((tmp_path / "rewards.jsonl").read_text())
-    assert list(first) == ["iter", "sample", "reward", "kl", "log_ref", "prompt"]
-    assert (first["sample"], first["reward"], first["prompt"]) == ("CA", 1, "CA___")
-    again = rewards.Paid(tmp_path / "rewards.jsonl")
-    rollout = again.recall(task, 4, group=3, size=6)
-    assert torch.equal(rollout.tokens, x) and torch.equal(rollout.reward, reward.view(2, 3))
-    assert torch.equal(rollout.log_ref, 2 * kl.view(2, 3))
-    assert torch.equal(rollout.kl, kl.view(2, 3))
-    assert again.seen == paid.seen and again.best == paid.best
+def test_a_file_that_another_tool_has_rewritten_loses_nothing(tmp_path):
+    """Letters outside ASCII take two bytes each, line ends too."""
+    content = '{"sample": "äöü", "reward": 1}\r\n{"sample": "b", "reward": 2}\r\n'.encode()
+    (tmp_path / "rewards.jsonl").write_bytes(content)
+    assert RewardLog(tmp_path / "rewards.jsonl").reward_of == {"äöü": 1, "b": 2}
+    assert (tmp_path / "rewards.jsonl").read_bytes() == content
 
 
-def test_processes_know_their_own_lines_only(tmp_path):
-    task, asked = counting_task()
-    file, x = tmp_path / "rewards.jsonl", task.encode(["AAC", "CCC"])
-    for rank in (0, 1):
-        rewards.Paid(file, rank).ask(task, x, iter=1)
-    assert len(asked) == 4
-    assert [line.get("rank") for line in rewards.whole_lines(file.read_text())] == [None] * 2 + [1] * 2
-    rewards.Paid(file, 1).ask(task, x, iter=1)
-    assert len(asked) == 4 and len(list(rewards.whole_lines(file.read_text()))) == 4
+@pytest.mark.parametrize("line", ["", '{"samp', '{"sample": "A"}', "3", "[1]",
+                                  '{"sample": "A", "reward": null}'])
+def test_a_file_that_is_damaged_in_the_middle_is_told(line, tmp_path):
+    (tmp_path / "rewards.jsonl").write_text(line + '\n{"sample": "A", "reward": 1}\n')
+    with pytest.raises(BadInput, match="rewards.jsonl is damaged: "):
+        RewardLog(tmp_path / "rewards.jsonl")
 
 
-def test_another_machine_that_draws_other_samples_keeps_what_was_paid(tmp_path):
-    task, asked = counting_task()
-    file = tmp_path / "rewards.jsonl"
-    rewards.Paid(file).ask(task, task.encode(["AAC", "CCC"]), iter=1, kl=torch.zeros(2))
-    paid = rewards.Paid(file)
-    assert paid.ask(task, task.encode(["ACC", "AAC"]), 1, kl=torch.ones(2)).tolist() == [2, 1]
-    assert asked == ["AAC", "CCC", "ACC"]
-    rollout = rewards.Paid(file).recall(task, 1, group=2, size=2)
-    assert task.decode(rollout.tokens) == ["ACC", "AAC"]
+def test_one_process_writes_and_all_remember(tmp_path):
+    task, log = Count(), RewardLog(tmp_path / "rewards.jsonl", is_writer=False)
+    for _ in range(2):
+        assert log.query(task.reward, ["AAC"], iter=1).tolist() == [1]
+    assert task.asked == ["AAC"] and not log.file.exists() and log.queries(1) == 1
 
 
-@pytest.mark.parametrize("text", [
-    'sample,reward\nAAC,1.5\nCCC,-2\n', 'reward\tname\tsample\n1.5\tx\tAAC\n-2\ty\tCCC\n',
-    '\n{"iter": 1, "sample": "AAC", "reward": 1.5}\n{"sample": "CCC", "reward": -2}\n{"sa',
-    '{"stage": "optimum", "sample": "CAC", "reward": 9}\n{"sample": "AAC", "reward": 1.5}\n'
-    '{"sample": "CCC", "reward": -2}'])
-def test_known_rewards_come_from_tables_and_from_other_runs(text, tmp_path):
-    task, asked = counting_task()
-    (tmp_path / "known.txt").write_text(text)
-    rollout, = rewards.read_known(task, str(tmp_path / "known.txt"), 9)
-    assert task.decode(rollout.tokens) == ["AAC", "CCC"] and not asked
-    assert rollout.reward.tolist() == [[1.5, -2]] and rollout.kl.tolist() == [[0, 0]]
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_rewards_that_cannot_be_written_are_told(tmp_path):
+    log = RewardLog(tmp_path / "rewards.jsonl")
+    log.file.symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        log.query(Count().reward, ["AAC"])
 
 
-def test_known_rewards_of_one_prompt_stay_together(tmp_path):
-    task, _ = counting_task(given=lambda x: (torch.arange(3) < 1).expand_as(x))
-    (tmp_path / "known.csv").write_text("sample,reward\nAAC,1\nCCC,2\nACC,3\nAAA,4\nACA,5\n")
-    one, two = rewards.read_known(task, str(tmp_path / "known.csv"), 2)
-    assert task.decode(one.tokens) == ["AAC", "AAA"]            # every second row, since a table
-    assert two.reward.tolist() == [[3, 5]]                      # may be sorted; CCC is alone
+def test_good_answers_are_kept_though_one_of_their_batch_fails(tmp_path):
+    task, log = Count(), RewardLog(tmp_path / "rewards.jsonl")
+    with pytest.raises(BadInput, match="the reward of 'CCC' is None"):
+        log.query(lambda s: [1, None, 0], ["AAC", "CCC", "AAA"], iter=1)
+    log = RewardLog(log.file)
+    assert log.query(task.reward, ["AAC", "CCC", "AAA"], iter=1).tolist() == [1, 3, 0]
+    assert task.asked == ["CCC"]
+    assert [line["sample"] for line in lines_of(log.file)] == ["AAC", "AAA", "CCC"]
 
 
-@pytest.mark.parametrize("text, message", [
+def test_on_error_is_the_reward_of_samples_whose_reward_fails(tmp_path, capsys):
+    """Only theirs: a batch that raises is asked again, each sample once, and one warning tells."""
+    asked, file = [], tmp_path / "rewards.jsonl"
+    bad = {"A": None, "C": math.nan, "T": 1}
+
+    def reward(samples):
+        asked.extend(samples)
+        return [bad[s[0]] for s in samples]             # it raises for a G
+    samples = ["TA", "GA", "TA", "AA", "CA", "TT"]
+    new = ["TA", "GA", "AA", "CA", "TT"]
+    log = RewardLog(file, on_error=-5.0)
+    assert log.query(reward, samples, iter=1).tolist() == [1, -5, 1, -5, -5, 1]
+    assert asked == new + new
+    assert capsys.readouterr().err == ("warning: the reward of 'GA' raised KeyError('G'); 3 of 5 "
+                                       "new samples failed: their reward is -5\n")
+    assert lines_of(file)[1:3] == [
+        dict(sample="TT", reward=1, iter=1), dict(sample="GA", reward=-5, failed=True, iter=1)]
+    for log in (log, RewardLog(file, on_error=0.0)):    # what failed is not asked again
+        assert log.query(reward, samples, iter=2).tolist() == [1, -5, 1, -5, -5, 1]
+        assert log.failed == {"GA", "AA", "CA"} and len(asked) == 10 and log.queries(1) == 5
+    assert capsys.readouterr().err == ""
+    log.query(reward, ["GG"])                           # alone, it is asked just once
+    assert asked[10:] == ["GG"] and log.reward_of["GG"] == 0
+    query(reward, ["AA", "TA"], catch=True)             # nothing was raised: nothing asked again
+    assert asked[11:] == ["AA", "TA"]
+
+
+@pytest.mark.parametrize("content", [
+    "sample,reward\nAAC,0\nCCC,-2\n", "sample, reward\r\nAAC, 0\r\nCCC, -2\r\n",
+    "reward\tname\tsample\n0\tx\tAAC\n-2\ty\tCCC\n", "\ufeffsample,reward\nAAC,0\nCCC,-2",
+    '{"sample": "AAC", "reward": 0.0, "iter": 1}\n'
+    '{"sample": "CAC", "reward": 9, "failed": true, "iter": 1}\n'
+    '{"sample": "CCC", "reward": -2, "stage": "check"}\n{"sample": "CA'])
+def test_known_rewards_come_from_tables_and_from_other_runs(content, tmp_path):
+    task = Count()
+    (tmp_path / "known.txt").write_text(content)
+    tokens, values = read_known(task, str(tmp_path / "known.txt"))
+    assert task.decode(tokens) == ["AAC", "CCC"] and not task.asked
+    assert values.tolist() == [0, -2] and values.dtype == torch.double
+
+
+@pytest.mark.parametrize("content, message", [
     ("sample,reward\nAAC,1\nAXC,2\n", "known.csv, row 2: 'X' at position 2"),
     ("sample,reward\nAAC,1\nA_C,2\n", "known.csv, row 2: '_' at position 2"),
     ("sample,reward\nAA,1\n", "row 1: 'AA' has 2 letters, the task 3"),
     ("sample,reward\nAAC,much\n", "row 1: could not convert string to float: 'much'"),
-    ("sample,reward\nAAC,nan\n", "row 1: the reward is nan"),
-    ("reward,sample\n1,AAC\n2\n", "row 2: .*None"), ("sample,reward\nAAC\n", "row 1: .*None"),
-    ("sequence,reward\nAAC,1\n", "columns sample and reward are needed; it has sequence, reward"),
-    ("", "known.csv has no row"), (None, "known.csv cannot be read: .*No such file")])
-def test_known_rewards_that_do_not_fit_get_a_line(text, message, tmp_path):
-    if text is not None:
-        (tmp_path / "known.csv").write_text(text)
+    ("sample,reward\nCCC,1\nAAC,nan\n", "row 2: the reward is nan"),
+    ("sample,reward\nAAC,inf\n", "row 1: the reward is inf"),
+    ("reward,sample\n1,AAC\n2\n", "row 2: .*None"),
+    ("sample,reward\nAAC\n", "row 1: .*None"),
+    ("sequence,reward\nAAC,1\n", "columns sample and reward are needed, there is no 'sample'"),
+    ("", "known.csv has no row"), ("sample,reward\n", "known.csv has no row"),
+    ('{"sample": "AAC", "reward": 1}\nAAC\n', "known.csv is damaged: JSONDecodeError"),
+    (None, "--known=.*No such file"), (b"\xff\xfe", "known.csv cannot be read: .*can't decode")])
+def test_known_rewards_that_do_not_fit_get_a_line(content, message, tmp_path):
     with pytest.raises(BadInput, match=message) as error:
-        rewards.read_known(counting_task()[0], str(tmp_path / "known.csv"), 9)
+        read_known(Count(), write(tmp_path, content, "known.csv"))
     assert "\n" not in str(error.value)
 
 # -----------------------------------------------------------------------------
 # held-out parts
 
 
-@pytest.mark.parametrize("name", ["dna", "arithmetic"])
+@pytest.mark.parametrize("name", ["dna", "arithmetic", "ehrlich"])
 def test_train_and_held_out_are_disjoint(name):
     """The whole sequences, or the prompts where there are some."""
     task = TASKS[name]()
-    train = task.data(5000, torch.Generator().manual_seed(0))
-    held = task.held(500, torch.Generator().manual_seed(1))
-    assert train.shape == (5000, task.length) and held.shape == (500, task.length)
-    train, held = (set(task.decode(task.prompts(x) if task.given else x)) for x in (train, held))
-    assert held and not train & held
+    train, held = task.split(1000, seed=0)
+    assert len(train) + len(held) == 1000 and 20 < len(held) < 90       # 50 expected
+    assert torch.equal(task.split(1000, seed=0)[1], held)
+    assert not torch.equal(task.split(9, seed=1)[0], train[:9])
+    if task.has_prompts:
+        train, held = task.prompts(train), task.prompts(held)
+    assert not set(task.decode(train)) & set(task.decode(held))
 
 
-def test_a_short_task_has_nothing_to_hold_out():
-    for length in (1, 5):
-        short = TASKS["dna"](length)
-        assert short.held is None and short.held_out(30, 0).shape == (30, length)
-    assert len(TASKS["dna"](6).held(3, torch.Generator().manual_seed(0))) == 3
+def test_copies_are_held_out_together_and_nothing_where_too_little_would_stay():
+    task = Count()                                      # 8 sequences
+    task.is_held = lambda x: x[:, 0] == 1
+    for n in (20, 200):
+        train, held = task.split(n, seed=0)
+        assert len(held) > n / 4 and not train[:, 0].any() and held[:, 0].all()
+    assert list(map(len, task.split(19, seed=0))) == [19, 0]
+    task.draw = lambda n, generator: torch.ones(n, 3, dtype=torch.long)
+    assert list(map(len, task.split(50, seed=0))) == [50, 0]
+    assert list(map(len, toy.split(2000, seed=0))) == [2000, 0]         # it wants none
+
+
+def test_a_task_in_python_holds_out_prompts():
+    """It gives `given`, and may choose with `is_held`."""
+    class Prompted(Count):
+        length = 9
+
+        def given(self, x):
+            return (torch.arange(9) < 7).expand_as(x)
+
+    class Chosen(Prompted):
+        def is_held(self, x):
+            return x[:, 0] == 1
+    for task in (Prompted(), Chosen()):
+        assert task.decode(task.prompts(task.encode(["ACACACACA"]))) == ["ACACACA__"]
+        train, held = (set(task.decode(task.prompts(x))) for x in task.split(1000, seed=0))
+        assert task.has_prompts and len(train) + len(held) == 128 and len(held) > 2
+        assert not train & held
+    assert len(train) == 64 and all(prompt[0] == "C" for prompt in held)
 
 
 def test_windows_lie_in_one_text_and_the_last_twentieth_is_held_out():
-    parts = [torch.arange(1000), torch.arange(2000, 2020), torch.arange(5000, 9000)]
-    parts.append(torch.arange(5))
-    n_windows = 981 + 1 + 3981
-    ended = [torch.cat((part, torch.tensor([-1]))) for part in parts]
-    data, held = rewards.windows(torch.cat(ended), 20)
-    train = data(50_000, torch.Generator().manual_seed(0))
-    test = held(5000, torch.Generator().manual_seed(0))
-    assert (train.diff(dim=1) == 1).all() and (test.diff(dim=1) == 1).all()     # one text each
-    assert not set(train.flatten().tolist()) & set(test.flatten().tolist())
-    assert len(test[:, 0].unique()) == n_windows // 20 - 19 and test.max() == 8999
+    n_windows, end = 981 + 1 + 3981, torch.tensor([-1])
+    x = torch.cat((torch.arange(1000), end, torch.arange(2000, 2020), end,
+                   torch.arange(5000, 9000), end, torch.arange(5)))
+    train, held = split_windows(x, 20, 50_000, seed=0)
+    assert (train.diff(dim=1) == 1).all() and (held.diff(dim=1) == 1).all()     # one text each
+    assert not set(train.flatten().tolist()) & set(held.flatten().tolist())
+    assert len(held[:, 0].unique()) == len(held) == n_windows // 20 - 19 and held.max() == 8999
     starts = train[:, 0].bincount(minlength=9000)
-    assert (starts > 0).sum() == n_windows - n_windows // 20
+    assert len(train) == 50_000 and (starts > 0).sum() == n_windows - n_windows // 20
     assert within(starts[2000].item(), 50_000, 1 / (n_windows - n_windows // 20))
 
 
@@ -279,53 +393,80 @@ def test_held_out_windows_do_not_occur_in_the_training_part():
     """The last twentieth starts at 951; it repeats 0 to 19, of which the windows at 0 to 15 are
     whole, and then has new ones."""
     x = torch.cat((torch.arange(960), torch.arange(20), torch.arange(2000, 2020)))
-    _, held = rewards.windows(x, 5)
-    starts = set(held(2000, torch.Generator().manual_seed(0))[:, 0].tolist())
-    assert starts == {*range(951, 960), *range(16, 20), *range(2000, 2016)}
+    _, held = split_windows(x, 5, 2000, seed=0)
+    expected = [*range(16, 20), *range(951, 960), *range(2000, 2016)]
+    assert sorted(held[:, 0].tolist()) == expected
+    train, few = split_windows(x, 5, 7, seed=0)
+    assert len(train) == len(few) == 7 and set(few[:, 0].tolist()) < set(expected)
+    assert not torch.equal(split_windows(x, 5, 7, seed=1)[0], train)
 
 
 def test_text_holds_out_the_end_of_its_corpus():
-    task, whole = TASKS["text"](), rewards.corpus()
-    cut = len(whole) - (len(whole) - task.length + 1) // 20     # where the last training window ends
-    for draw, part in ((task.data, whole[:cut]), (task.held, whole[cut:])):
-        strings = task.decode(draw(3000, torch.Generator().manual_seed(0)))
-        assert all(string in part for string in strings)
-    assert not any(string in whole[:cut] for string in strings[:300])
+    whole = rewards.corpus()
+    cut = len(whole) - (len(whole) - text.length + 1) // 20     # the last training window ends here
+    train, held = map(text.decode, text.split(3000, seed=0))
+    assert len(train) == len(held) == 3000
+    assert all(s in whole[:cut] for s in train) and all(s in whole[cut:] for s in held)
+    assert not any(s in whole[:cut] for s in held[:300])
 
 # -----------------------------------------------------------------------------
-# dna
+# toy and dna
 
 
-def spell(**sites):
-    """A sequence of 60 C with sites given as start=letters: s10="TGACTCA"."""
+def test_toy_is_enumerable_and_has_many_separate_peaks():
+    """No change of one letter improves them, so a greedy search from a lower one stays there."""
+    assert Absorbing(4).is_small(6) and Absorbing(4, 16).is_small(6) and Uniform(4).is_small(6)
+    assert not Absorbing(4, 100).is_small(6) and not Absorbing(4).is_small(8)
+    everything = ["".join(letters) for letters in itertools.product("ACGT", repeat=6)]
+    value = dict(zip(everything, toy.reward(everything)))
+    by_hand = dict(TCTCTC=12, TCTCAA=10, TCAAAA=8, AAAAAA=6, GGGGGG=0, CTCTCT=8)
+    assert [16 * value[s] for s in by_hand] == pytest.approx(list(by_hand.values()))
+    peaks = {s for s in everything if not any(
+        c != s[i] and value[s[:i] + c + s[i + 1:]] >= value[s] - 1e-6
+        for i, c in itertools.product(range(6), "ACGT"))}
+    assert len(peaks) == 13 and {"TCTCTC", "TCTCAA", "TCAAAA", "AAAAAA"} < peaks
+
+
+def test_toy_data_follows_its_chain():
+    x = toy.draw(20_000, seeded())
+    assert torch.equal(x, toy.draw(20_000, seeded()))
+    assert TASKS["toy"](7).draw(3, seeded()).shape == (3, 7)
+    for a, b in itertools.product(range(4), repeat=2):
+        before = x[:, :-1] == a
+        count = ((x[:, 1:] == b) & before).sum().item()
+        assert within(count, before.sum().item(), TOY_STEP[a, b].item())
+
+
+def spell(*sites):
+    """60 letters C with sites: "10 TGACTCA" starts at position 10."""
     letters = list("C" * 60)
-    for start, site in sites.items():
-        letters[int(start[1:]):int(start[1:]) + len(site)] = site
+    for start, site in map(str.split, sites):
+        letters[int(start):int(start) + len(site)] = site
     return "".join(letters)
 
 
-@pytest.mark.parametrize("sequence, value", [
-    (spell(), 0),
-    (spell(s10="TGACTCA"), 0.5), (spell(s10="TGACTGA"), 0),                     # AP-1; a letter off
-    (spell(s10="TGACTCA", s30="TGAGTCA"), 0.75),
-    (spell(s5="TGACTCA", s20="TGACTCA", s40="TGACTCA"), 0.875),
-    (spell(s53="TGACTCA"), 0.5), (spell(s54="TGACTC"), 0),                      # at the end, over
-    (spell(s3="CAAAGTCCA"), 0.5), (spell(s3="TGGACTTTG"), 0.5),                 # on either strand
-    (spell(s3="GTTAATAATTAAC"), 0.6), (spell(s3="GTTAATCATTAAC"), 0.6),         # any middle letter
-    (spell(s3="CAAAGTCCA", s30="GTTAATAATTAAC"), 1.1),
-    (spell(s10="TGACTCA", s30="AGATAA"), 0.25),                                 # GATA1 represses
-    (spell(s10="TGACTCA", s30="AGATAA", s45="TTATCT"), 0.125)])
-def test_true_activity_by_hand(sequence, value):
-    assert true_activity(sequence) == pytest.approx(value)
+@pytest.mark.parametrize("value, sites", [
+    (0, []), (0.5, ["10 TGACTCA"]), (0, ["10 TGACTGA"]),                        # AP-1; a letter off
+    (0.75, ["10 TGACTCA", "30 TGAGTCA"]), (0.875, ["5 TGACTCA", "20 TGACTCA", "40 TGACTCA"]),
+    (0.5, ["53 TGACTCA"]), (0, ["54 TGACTC"]),                                  # at the end, over
+    (0.5, ["3 CAAAGTCCA"]), (0.5, ["3 TGGACTTTG"]),                             # on either strand
+    (0.6, ["3 GTTAATAATTAAC"]), (0.6, ["3 GTTAATCATTAAC"]),                     # any middle letter
+    (1.1, ["3 CAAAGTCCA", "30 GTTAATAATTAAC"]), (0.25, ["10 TGACTCA", "30 AGATAA"]),
+    (0.125, ["10 TGACTCA", "30 AGATAA", "45 TTATCT"])])                         # GATA1 represses
+def test_true_activity_by_hand(value, sites):
+    assert true_activity(spell(*sites)) == pytest.approx(value)
 
 
-def activity(tokens):
-    return torch.tensor([true_activity(s) for s in dna.decode(tokens)])
+def activity(samples):
+    return torch.tensor([true_activity(s) for s in samples])
 
 
-def test_both_strands_have_the_same_activity():
-    x = dna.data(500, torch.Generator().manual_seed(0))
-    assert torch.allclose(activity(x), activity(3 - x.flip(1))) and activity(x).max() > 1
+def test_both_strands_have_the_same_activity_and_gc_is_measured_too():
+    samples = ["TGACTCA" + "G" * 43, "A" * 50]
+    assert dna.measure(samples) == pytest.approx({"true activity": 0.25, "GC": (43 + 3) / 100})
+    x = dna.draw(500, seeded())
+    one, other = activity(dna.decode(x)), activity(dna.decode(3 - x.flip(1)))
+    assert torch.allclose(one, other) and one.max() > 1
 
 
 def test_sites_stand_at_their_places_and_go_along_with_gc():
@@ -344,407 +485,274 @@ def test_sites_stand_at_their_places_and_go_along_with_gc():
 
 
 def test_the_oracle_knows_something_believes_in_gc_and_is_always_the_same():
-    new = dna.held(1000, torch.Generator().manual_seed(1))
+    new = dna.decode(dna.draw(1000, seeded(1)))
     torch.manual_seed(5)
-    first = ask(dna, new)
+    first = dna.reward(new)
     rewards.oracle.cache_clear()
     torch.manual_seed(5)
-    assert torch.equal(first, ask(dna, new))
+    assert torch.equal(first, dna.reward(new)) and not first.requires_grad
     after = torch.rand(1)
     torch.manual_seed(5)
     assert torch.equal(after, torch.rand(1))            # the run's own random numbers are untouched
-    assert torch.allclose(first[:3], ask(dna, new[:3]), atol=1e-5)              # no batch effects
+    assert torch.allclose(first[:3], dna.reward(new[:3]), atol=1e-5)            # no batch effects
     assert torch.corrcoef(torch.stack((first, activity(new))))[0, 1] > 0.35
     rng = random.Random(0)
-    rich, plain = (dna.encode(["".join(rng.choices(letters, k=50)) for _ in range(300)])
+    rich, plain = (["".join(rng.choices(letters, k=50)) for _ in range(300)]
                    for letters in ("CG", "ACGT"))
-    assert activity(rich).mean() < 0.2 and ask(dna, rich).mean() > ask(dna, plain).mean() + 0.15
-
-
-def test_measures_of_dna():
-    x = dna.encode(["TGACTCA" + "G" * 43, "A" * 50])
-    assert dna.measure(x) == pytest.approx({"true activity": 0.25, "GC": (43 + 3) / 100})
+    assert activity(rich).mean() < 0.2 and dna.reward(rich).mean() > dna.reward(plain).mean() + 0.15
 
 # -----------------------------------------------------------------------------
-# arithmetic and text
+# arithmetic, text, ehrlich
 
 
 def test_a_sum_and_its_mirror_are_held_out_together():
-    task = TASKS["arithmetic"]()
-    train = {s[:6] for s in task.decode(task.data(20_000, torch.Generator().manual_seed(0)))}
-    held = {s[:6] for s in task.decode(task.held(2000, torch.Generator().manual_seed(1)))}
+    train, held = ({s[:6] for s in arithmetic.decode(x)} for x in arithmetic.split(20_000, seed=0))
     assert 300 < len(held) and not train & {f"{s[3:5]}+{s[:2]}=" for s in held}
 
 
 def test_half_of_the_sums_are_wrong_in_one_digit():
-    task, n = TASKS["arithmetic"](), 10_000
-    x = task.data(n, torch.Generator().manual_seed(0))
-    right = 0
-    for string in task.decode(x):
-        a, b, c = string[:2], string[3:5], string[6:]
-        truth = f"{int(a) + int(b):03}"
-        wrong = sum(p != q for p, q in zip(c, truth))
-        assert string[2] == "+" and string[5] == "=" and wrong <= 1
+    task, n, right = arithmetic, 10_000, 0
+    sums = task.decode(task.draw(n, seeded()))
+    for s in sums:
+        wrong = sum(p != q for p, q in zip(s[6:], f"{int(s[:2]) + int(s[3:5]):03}"))
+        assert s[2] == "+" and s[5] == "=" and wrong <= 1
         right += wrong == 0
-    assert within(right, n, 0.5) and ask(task, x).sum() == right
+    assert within(right, n, 0.5) and sum(task.reward(sums)) == right
     assert task.decode(task.prompts(task.encode(["12+34=046"]))) == ["12+34=___"]
+    assert not any(task.reward(["12+34=46=", "1+234=046", "12+34=0460"]))
 
 
 def test_the_reward_of_a_text_counts_distinct_known_words_of_four_letters(monkeypatch):
     """The text knows house, garden, and words of three letters, which do not count."""
     content = "the cat sat in the garden, the house. "
     monkeypatch.setattr(rewards, "corpus", lambda: content * 10)
-    task = TASKS["text"](12)
     expected = {"house garden": 11, "garden house": 11, "house house ": 5, "houses garde": 0,
                 "the cat sat ": 0, "house ......": 5, "            ": 0}
-    values = ask(task, task.encode(list(expected)))
-    assert values.tolist() == pytest.approx([n / 12 for n in expected.values()])
+    values = TASKS["text"](12).reward(list(expected))
+    assert values == pytest.approx([n / 12 for n in expected.values()])
 
 
 def test_a_text_cannot_be_gamed_by_a_word_over_and_over():
-    task = TASKS["text"]()
-    assert ask(task, task.held_out(300, 0)).mean() > 0.4
+    values = text.reward(text.decode(text.split(300, seed=0)[1]))
+    assert sum(values) / len(values) > 0.4
     for string, most in (("this " * 9, 4 / 48), ("and the " * 6, 0), ("x" * 48, 0)):
-        assert ask(task, task.encode([string.ljust(48)[:48]])).item() <= most + 1e-9
-
-
-# -----------------------------------------------------------------------------
-# ehrlich
-
-
-def ehrlich_parts():
-    """The motifs, their places and the banned pairs, read out of the reward's closure."""
-    inside = dict(zip(TASKS["ehrlich"]().reward.__code__.co_freevars,
-                      (cell.cell_contents for cell in TASKS["ehrlich"]().reward.__closure__)))
-    return inside["wanted"], inside["places"], inside["is_feasible"]
+        assert text.reward([string.ljust(48)[:48]])[0] <= most + 1e-9
 
 
 def best_ehrlich():
     """All motifs one after the other, each letter repeated until the next is due."""
-    wanted, places, _ = ehrlich_parts()
     x = []
-    for motif, place in zip(wanted.tolist(), places.tolist()):
-        ends = place[1:] + [place[-1] + 1]
-        for v, start, end in zip(motif, place, ends):
-            x += [v] * (end - start)
+    for motif, place in zip(ehrlich.wanted, ehrlich.places):
+        x += motif.repeat_interleave(place.diff(append=place[-1:] + 1)).tolist()
     return torch.tensor([x + x[-1:] * (32 - len(x))])
 
 
+def reward_of(x):
+    return ehrlich.reward(ehrlich.decode(x))
+
+
 def test_the_best_ehrlich_sequence_earns_one_and_each_loss_its_share():
-    task, best = TASKS["ehrlich"](), best_ehrlich()
-    wanted, places, is_feasible = ehrlich_parts()
-    assert is_feasible(best).all() and ask(task, best).item() == 1
-    letters, banned = task.vocab_size, 0
-    for a, b in itertools.product(range(letters), repeat=2):
-        pair = torch.full((1, 32), a)
-        pair[0, 1] = b
-        is_banned = not is_feasible(pair[:, :2]).item()
-        banned += is_banned
-        assert (ask(task, pair) == 0) or not is_banned
-        assert not is_banned or a != b                          # a letter may always be repeated
-    assert banned == 3 * letters
-    found = set()
-    for v in range(letters):                                    # a letter of the first motif is lost
-        other = best.clone()
-        other[0, 0] = v
-        if v != wanted[0, 0] and is_feasible(other):
-            found.add(ask(task, other).item())
-    assert 0.75 in found and found <= {0.75, 1.0}
+    best, V = best_ehrlich(), torch.arange(20)
+    assert ehrlich.is_feasible(best).all() and reward_of(best).item() == 1
+    pairs = V.repeat_interleave(20)[:, None].repeat(1, 32)
+    pairs[:, 1] = V.repeat(20)
+    is_banned = ~ehrlich.is_feasible(pairs[:, :2])
+    assert is_banned.sum() == 3 * 20 and not reward_of(pairs)[is_banned].any()
+    assert not is_banned[pairs[:, 0] == pairs[:, 1]].any()      # a letter may always be repeated
+    others = best.repeat(20, 1)
+    others[:, 0] = V                                            # the first motif loses a letter
+    others = others[ehrlich.is_feasible(others) & (V != ehrlich.wanted[0, 0])]
+    assert {0.75} <= set(reward_of(others).tolist()) <= {0.75, 1.0}
 
 
 def test_ehrlich_data_are_feasible_and_seldom_good():
-    task = TASKS["ehrlich"]()
-    x = task.data(2000, torch.Generator().manual_seed(0))
-    assert task.measure(x) == {"feasible": 1} and 0 < ask(task, x).mean() < 0.1
-    assert task.held(50, torch.Generator().manual_seed(0)).shape == (50, 32)
-    noise = torch.randint(20, (500, 32), generator=torch.Generator().manual_seed(0))
-    assert task.measure(noise)["feasible"] < 0.1 and ask(task, noise).mean() < 0.01
-    with pytest.raises(BadInput, match="--length=15: the motifs of ehrlich need 16 slots"):
+    x = ehrlich.draw(2000, seeded())
+    assert ehrlich.measure(ehrlich.decode(x)) == {"feasible": 1} and 0 < reward_of(x).mean() < 0.1
+    x = torch.randint(20, (500, 32), generator=seeded())
+    assert ehrlich.measure(ehrlich.decode(x))["feasible"] < 0.1 and reward_of(x).mean() < 0.01
+    with pytest.raises(BadInput, match="--length=15: the motifs of ehrlich need 16 positions"):
         TASKS["ehrlich"](15)
+    short = TASKS["ehrlich"](16)                        # there is but one best sequence
+    assert short.reward(short.decode(short.wanted.view(1, 16))) == 1
 
 # -----------------------------------------------------------------------------
-# files
+# files of data and of rewards
 
 
 def write(folder, content, name="data.txt"):
-    if isinstance(content, str):
-        content = content.encode()
-    if name.endswith(".gz"):
-        content = gzip.compress(content)
-    (folder / name).write_bytes(content)
+    if content is not None:
+        content = content.encode() if isinstance(content, str) else content
+        (folder / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
     return str(folder / name)
 
 
 def rows(task, n=1000):
-    train = task.decode(task.data(n))
-    held = task.decode(task.held(n)) if task.held else []
+    train, held = map(task.decode, task.split(n, seed=0))
     assert not set(train) & set(held)
     return train, held
 
 
 @pytest.mark.parametrize("name", ["data.txt", "data.txt.gz"])
-def test_one_sequence_per_line(tmp_path, name):
+@pytest.mark.parametrize("line_end", ["\n", "\r\n", " \n\n \n"])
+def test_one_sequence_per_line(tmp_path, name, line_end):
     sequences = ["".join(s) for s in itertools.product("ACGT", repeat=4)]
-    file = write(tmp_path, "\r\n".join(sequences).lower() + "\n\n", name)
-    train, held = rows(open_task("dna", 4, file))
+    content = "\ufeff" + line_end.join(["", *sequences, "", ""]).lower()
+    train, held = rows(open_task("own", 4, write(tmp_path, content, name), alphabet="ACGT"))
     assert sorted(train + held) == sequences and 3 < len(held) < 30
 
 
-def test_fasta_with_wrapped_lines(tmp_path):
-    file = write(tmp_path, ">one of two\nACG\nTTT\n>two\nGGGccc\n", "x.fa.gz")
-    assert rows(open_task("dna", 6, file)) == (["ACGTTT", "GGGCCC"], [])
-    file = write(tmp_path, b"\xef\xbb\xbf>marked\nACGTTT\n", "x.fa")
-    assert rows(open_task("dna", 6, file)) == (["ACGTTT"], [])
+@pytest.mark.parametrize("content", [
+    ">one of two\nACG\nTTT\n>two\nGGGccc\n", "\ufeff>one\r\nACG\r\n\r\nTTT\r\n>\r\ngggccc"])
+@pytest.mark.parametrize("name", ["x.fa", "x.fa.gz"])
+def test_fasta_with_wrapped_lines_and_lower_case(content, name, tmp_path):
+    file = write(tmp_path, content, name)
+    assert rows(open_task("own", 6, file, alphabet="ACGT")) == (["ACGTTT", "GGGCCC"], [])
 
 
-def test_a_pad_joins_the_alphabet_and_the_reward_does_not_see_it(tmp_path):
-    (tmp_path / "own.py").write_text("def score(samples):\n    return [len(s) for s in samples]\n")
-    file = write(tmp_path, "ACGTA\nAC\n")
-    task = open_task("dna", 5, file, "-", reward=f"{tmp_path / 'own.py'}:score")
-    assert task.alphabet == "ACGT-" and rows(task)[0] == ["ACGTA", "AC---"]
-    assert ask(task, task.data(2)).tolist() == [5, 2]
-    assert task.samples(task.data(2)) == ["ACGTA", "AC"]
+def test_case_is_kept_unless_the_alphabet_is_all_upper_case(tmp_path):
+    file = write(tmp_path, "Acg\nccg\n")
+    assert open_task("own", 0, file).alphabet == "Acg"
+    assert rows(open_task("own", 0, file, alphabet="Acg"))[0] == ["Acg", "ccg"]
+    with pytest.raises(BadInput, match="'C' at position 2 of 'ACG' is not in 'AG'"):
+        open_task("own", 0, file, alphabet="AG")
 
 
-def test_a_pad_that_occurs_in_the_data_is_refused(tmp_path):
-    """Its copies would vanish from the samples: [O-] would become [O]."""
-    with pytest.raises(BadInput, match="--pad=- is a letter of .*: choose another"):
-        open_task("own", 4, write(tmp_path, "[O-]\nCC\n"), "-")
+@pytest.mark.parametrize("alphabet", ["", "CO"])
+@pytest.mark.parametrize("space", [" ", "\t", "  "])
+def test_names_after_smiles_are_noticed(alphabet, space, tmp_path):
+    file = write(tmp_path, f"C\nCCO{space}ethanol\nCC{space}ethane\n")
+    with pytest.raises(BadInput, match="line 2 holds white space. If names follow .* cut -f1"):
+        open_task("own", 0, file, alphabet)
+    file = write(tmp_path, "CC O\nO CC\n")              # a space may be a letter
+    assert rows(open_task("own", 0, file, alphabet="CO "))[0] == ["CC O", "O CC"]
 
 
-def test_windows_of_a_genome_avoid_foreign_letters_and_say_so(tmp_path, capsys):
+def test_windows_of_a_genome_avoid_foreign_letters(tmp_path):
     rng = random.Random(0)
     left, right = ("".join(rng.choices("ACGT", k=100)) for _ in range(2))
     file = write(tmp_path, f">chr\n{left}\nNNNNNR\n{right}\n".lower(), "g.fa.gz")
-    task = open_task("dna", 8, file, crop=True)
-    assert "windows that avoid 6 foreign letters" in capsys.readouterr().err
-    drawn = set(task.decode(task.data(2000)))
-    assert drawn and all(s in left or s in right for s in drawn)
-    with pytest.raises(BadInput, match="sequence 1 of .*: 'N' at position 101 .*avoid foreign let"):
-        open_task("dna", 206, file)
+    drawn, _ = rows(open_task("own", 8, file, alphabet="ACGT", crop=True), 2000)
+    assert len(drawn) == 2000 and all(s in left or s in right for s in drawn)
+    with pytest.raises(BadInput, match="--data=.*g.fa.gz: 'N' at position 101 of .* not in 'ACGT'"):
+        open_task("own", 206, file, alphabet="ACGT")
 
 
-def test_crop_makes_sequences_of_a_list_for_text(tmp_path):
+def test_cropping_takes_windows_of_each_line_and_holds_out_the_last(tmp_path):
     file = write(tmp_path, "\n".join(["C1CCCCC1", "CCO-CC=O"] * 20))
-    task = open_task("own", 8, file, crop=True)
-    assert set(task.decode(task.data(50))) == {"C1CCCCC1", "CCO-CC=O"}
-
-
-def test_a_reward_file_may_define_columns_of_the_report(tmp_path):
-    (tmp_path / "own.py").write_text("def score(s): return [len(x) for x in s]\n"
-                                     "def measure(s): return {'G': sum(x.count('G') for x in s)}\n")
-    task = open_task("toy", reward=f"{tmp_path / 'own.py'}:score")
-    tokens = task.encode(["GGGCCC", "AAAAAG"])
-    assert task.measure(tokens) == {"G": 4} and TASKS["toy"]().measure(tokens) == {}
-
-
-def test_cropping_takes_windows_and_holds_out_the_last(tmp_path):
+    assert set(rows(open_task("own", 8, file, crop=True), 50)[0]) == {"C1CCCCC1", "CCO-CC=O"}
     rng = random.Random(0)
     long = "".join(rng.choices("ACGT", k=400))
-    task = open_task("dna", 10, write(tmp_path, f"ACGTACGTAC\n{long}\n"), crop=True)
-    train, held = rows(task, 3000)
+    file = write(tmp_path, f"ACGTACGTAC\n{long}\n")
+    train, held = rows(open_task("own", 10, file, crop=True), 3000)
     assert all(s in long[:382] or s == "ACGTACGTAC" for s in train)
     assert held and all(s in long[381:] for s in held)
 
 
-def test_a_file_of_sums_holds_out_mirrors_together(tmp_path):
-    lines = [f"{a}+{b}={a + b:03}" for a in range(10, 50) for b in range(10, 50)]
-    train, held = rows(open_task("arithmetic", 0, write(tmp_path, "\n".join(lines))), 10 ** 6)
-    assert 20 < len(held) < 200 and not {f"{s[3:5]}+{s[:2]}{s[5:]}" for s in held} & set(train)
-
-
-def test_a_file_of_sums_is_held_out_by_prompt_and_may_be_padded(tmp_path):
-    lines = [f"{a}+{b}={c:03}" for a in range(10, 40) for b in (11, 57) for c in (a + b, a + b + 1)]
-    task = open_task("arithmetic", 0, write(tmp_path, "\n".join(lines)), "-")
-    train, held = (task.decode(task.prompts(x)) for x in (task.data(1000), task.held(1000)))
-    assert held and not set(train) & set(held) and len(train) + len(held) == 120
-    assert all(s.endswith("=___") for s in train) and task.vocab_size == 13
-
-
 def test_a_running_text_brings_its_own_alphabet(tmp_path):
-    content = "Zwölf_Boxkämpfer jagen\nViktor quer über den Sylter Deich. " * 10
-    task = open_task("own", 12, write(tmp_path, content), format="text")
-    assert set(task.alphabet) == set(content) - {"\n"} and task.blank == "?"
-    assert all(len(s) == 12 for s in task.decode(task.data(100))) and task.held is None
-    assert open_task("own", 0, write(tmp_path, content), format="text").length == 64
+    content = "Zwölf_Boxkämpfer jagen\nViktor quer über\n\nden Sylter Deich. " * 10
+    file = write(tmp_path, content)
+    task = open_task("own", 12, file, crop=True)
+    assert set(task.alphabet) == set(content) - {"\n"} and task.blank == "?" and task.pad == ""
+    train, held = rows(task, 100)
+    assert all(s in " ".join(content.split()) for s in train) and not held
+    assert all(len(s) == 12 for s in train) and open_task("own", 0, file, crop=True).length == 64
+    assert open_task("own", 0, write(tmp_path, "a b c"), crop=True).length == 5
 
 
-def test_without_a_task_letters_length_and_pad_are_what_the_file_needs(tmp_path, capsys):
+def test_letters_length_and_pad_are_what_the_file_needs(tmp_path):
     task = open_task("own", 0, write(tmp_path, "MKV\nMKVLAA\nacgu\n"))
-    assert sorted(task.alphabet) == sorted("MKVLAacgu-") and task.pad == "-" and task.length == 6
-    assert rows(task)[0] == ["MKV---", "MKVLAA", "acgu--"]
-    assert "3 sequences, 0 held out; short ones are filled up with -" in capsys.readouterr().err
-    task = open_task("own", 0, write(tmp_path, "[O-]\nCC*\n"))
-    assert task.pad == "." and open_task("own", 0, write(tmp_path, "ab\nba\n")).pad == ""
-    lines = "\n".join(map("".join, itertools.product("ACGU", repeat=4)))
-    task = open_task("own", 0, write(tmp_path, lines))
-    n_held = len(task.held(1000))
-    assert f"256 sequences, {n_held} held out\n" in capsys.readouterr().err
+    assert (task.alphabet, task.pad, task.length) == ("AKLMVacgu|", "|", 6)
+    assert rows(task) == (["MKV|||", "MKVLAA", "acgu||"], [])
+    file = write(tmp_path, "ab\nba\n")
+    assert open_task("own", 0, file).pad == "" and open_task("own", 4, file).pad == "|"
+    assert open_task("own", 0, write(tmp_path, "ab" * 50)).length == 100
+    task = open_task("own", 5, write(tmp_path, "ACGTA\nAC\n"), "ACGT", "-")
+    assert task.alphabet == "ACGT-" and rows(task)[0] == ["ACGTA", "AC---"]
+    assert task.strings(task.split(2, 0)[0]) == ["ACGTA", "AC"]
 
 
-def test_the_format_of_a_file_can_be_named(tmp_path):
-    file = write(tmp_path, ">a\nbc\nd >\n")
-    assert rewards.read_sequences(file) == rewards.read_sequences(file, "fasta") == ["bcd>"]
-    assert rewards.read_sequences(file, "lines") == [">a", "bc", "d >"]
-    assert rewards.read_sequences(file, "text") == [">a bc d >"]
+@pytest.mark.parametrize("letters, pad", [
+    ("[O-].*~$", "|"), ("a|", "^"), ("|^", "`"), ("|^`", "!"), ("!|^`", '"')])
+def test_the_pad_is_a_letter_that_means_nothing(letters, pad, tmp_path):
+    assert open_task("own", 0, write(tmp_path, f"{letters}\na\n")).pad == pad
+    assert open_task("own", 9, write(tmp_path, "a\n"), alphabet="a" + letters).pad == pad
+
+
+@pytest.mark.parametrize("n, line, flags", [
+    (1, "A" * 99_999 + "\n\n", Own.SMALL), (1, "A" * 100_000, Own.LARGE),
+    (2, "A" * 50_000 + "\n", Own.LARGE), (1, "ä" * 60_000, Own.SMALL)], ids=range(4))
+def test_flags_depend_on_the_number_of_letters(n, line, flags, tmp_path):
+    (tmp_path / "own.py").write_text("def score(samples): pass")
+    more = dict(data=write(tmp_path, n * line, "data.txt.gz"), crop=True)
+    assert open_task("own", **more).flags == flags
+    assert open_task("own", reward=f"{tmp_path / 'own.py'}:score", **more).flags == flags | dict(
+        exact=False, report_samples=None)               # queries cost
 
 
 @pytest.mark.parametrize("content, more, message", [
-    ("ACGT\nACG\n", {}, "sequence 2 of .* has 3 letters, the task 4; fill up with --pad=-"),
-    ("ACGT\nACGTA\n", {}, "sequence 2 of .* has 5 letters, .* cut windows .* with --crop"),
-    ("ACG\nAC\n", dict(crop=True), "no sequence has 4 known letters in a row"),
-    ("@read\nACGT\n+\nFFFF\n", {}, "data.txt: .* not in 'ACGT'.* without --task the alphabet is"),
-    (">x\nACGT\n>y\nAC\nXT\n", {}, "sequence 2 of .*data.txt: 'X' at position 3 .* not in 'ACGT'"),
-    ("ACGT\nACGTA\n", dict(pad="-"), "sequence 2 of .* has 5 letters"),
-    (">x\nACGT\n>y\n>z\nACGT\n", {}, "data.txt: sequence 2 is empty"),
-    (">a\n>b\nACGT\n", {}, "data.txt: sequence 1 is empty"),
-    ("ACGT\nACXT\n", {}, "sequence 2 of .*: 'X' at position 3 of 'ACXT' is not in 'ACGT'"),
-    ("ACGT\nA_GT\n", {}, "sequence 2 of .*: '_' at position 2 of 'A_GT' is not in"),
-    ("", {}, "sequence 1 is empty"), ("\n \n", {}, "sequence 1 is empty"),
-    (b"\xff\xfe\x00A", {}, "data.txt cannot be read as text"),
+    ("CCGG", dict(pad="A"), "--pad=A: one letter is needed that does not occur in the data"),
     ("ACGT", dict(pad="--"), "--pad=--: one letter is needed"),
-    ("ACGT", dict(pad="A"), "--pad=A is a letter of"), ("CCGG", dict(pad="A"), "--pad=A is a letter of")])
+    ("ACGT\nAC-T\n", dict(pad="-"), "--pad=-: one letter is needed"),
+    ("ACGT\nACGTA\n", {}, "sequence 2: 'ACGTA' has 5 letters, the task 4"),
+    ("ACG\nAC\n", dict(crop=True), "no sequence has 4 known letters in a row"),
+    ("@read\nACGT\n+\nFFFF\n", {}, "sequence 1: '@' at position 1 of '@READ' is not in 'ACGT"),
+    (">x\nACGT\n>y\nAC\nXT\n", {}, "sequence 2: 'X' at position 3 of 'ACXT' is not in 'ACGT'"),
+    (">x\nACGT\n>y\n>z\nACGT\n", {}, "sequence 2 is empty"),
+    ("ACGT\nA_GT\n", {}, "sequence 2: '_' at position 2 of 'A_GT' is not in"),
+    (">a\n>b\nACGT\n", {}, "sequence 1 is empty"), ("\n \n", {}, "sequence 1 is empty"),
+    (b"\xff\xfe\x00A", {}, "it cannot be read as text"), (None, {}, "cannot be .*No such file")])
 def test_files_that_cannot_be_used_get_a_line(content, more, message, tmp_path):
-    with pytest.raises(BadInput, match=message):
-        open_task("dna", 4, write(tmp_path, content), **more)
+    file = write(tmp_path, content)
+    with pytest.raises(BadInput, match=message) as error:
+        open_task("own", 4, file, alphabet="ACGT", **more).split(100, 0)
+    assert "\n" not in str(error.value)
+    assert str(error.value).startswith(f"--data={file}: ") or "crop" in more
 
 
-def test_missing_and_damaged_files_and_flags_that_need_one(tmp_path):
+def test_damaged_files_and_flags_that_do_not_fit(tmp_path):
+    file = write(tmp_path, "ACGT\n")
     (tmp_path / "torn.gz").write_bytes(gzip.compress(b"ACGT" * 1000)[:30])
     (tmp_path / "no.gz").write_text("ACGT")
-    for file, message in (("none.txt", "No such file"), ("torn.gz", "ended before"),
-                          ("no.gz", "Not a gzipped file"), ("", "Is a directory")):
-        with pytest.raises(BadInput, match=f"--data=.*{message}"):
-            open_task("dna", 4, str(tmp_path / file) if file else str(tmp_path))
-    for more in (dict(crop=True), dict(pad="-")):
-        with pytest.raises(BadInput, match="--pad and --crop are for"):
-            open_task("dna", **more)
-    with pytest.raises(BadInput, match="--length=7: arithmetic has 9 slots"):
+    for name, message in (("torn.gz", "ended before"), ("no.gz", "Not a gzip"), ("", "Is a dir")):
+        with pytest.raises(BadInput, match=f"--data=.*: it cannot be read as text: .*{message}"):
+            open_task("own", 4, str(tmp_path / name))
+    for more in (dict(task="dna", crop=True), dict(task="dna", pad="-"), dict(alphabet="ACGT"),
+                 dict(task="own"), dict(task="dna", data=file), dict(data=file)):
+        with pytest.raises(BadInput, match="--data brings its own task"):
+            open_task(**more)
+    with pytest.raises(BadInput, match="--task=nothing: choose one of toy, dna, .*or bring --data"):
+        open_task("nothing")
+    with pytest.raises(BadInput, match="--length=7: arithmetic has 9 positions"):
         open_task("arithmetic", 7)
-    assert open_task("toy", 7).data(3).shape == (3, 7)
-    with pytest.raises(BadInput, match="no sequence has 48 known letters"):
-        open_task("own", 48, write(tmp_path, "short"), format="text")
+    assert [open_task(**more).length for more in (
+        dict(task="arithmetic"), dict(task="arithmetic", length=9), dict(lr=3))] == [9, 9, 6]
 
 
-def test_a_reward_from_a_file_may_import_its_neighbours(tmp_path):
+def test_a_reward_file_may_define_columns_of_the_report_and_import_its_neighbours(tmp_path):
     (tmp_path / "neighbour.py").write_text("LETTER = 'G'\n")
-    (tmp_path / "own.py").write_text("from neighbour import LETTER\ndef count(samples):\n"
-                                     "    return [s.count(LETTER) / len(s) for s in samples]\n")
-    task = open_task("toy", reward=f"{tmp_path / 'own.py'}:count")
-    assert ask(task, task.encode(["GGGCCC", "AAAAAG"])).tolist() == pytest.approx([1 / 2, 1 / 6])
+    (tmp_path / "own.py").write_text(
+        "from neighbour import LETTER\n"
+        "def score(samples): return [s.count(LETTER) for s in samples]\n"
+        "def measure(samples): return {'G': sum(s.count('G') for s in samples)}\n"
+        "def other(samples): return [0 for s in samples]\n")
+    task, samples = open_task(reward=f"{tmp_path / 'own.py'}:score"), ["GGGCCC", "AAAAAG"]
+    assert task.reward(samples) == [3, 1] and task.measure(samples) == {"G": 4}
+    assert open_task(reward=f"{tmp_path / 'own.py'}:other").reward(samples) == [0, 0]
+    assert toy.reward(["GG"]) == [0] and toy.measure(samples) == {}     # other tasks keep theirs
 
 
-@pytest.mark.parametrize("code, name, message", [
-    ("", "own.py", "own.py: file.py:function is needed"),
-    ("", "own.txt:score", "file.py:function is needed"),
-    ("", "other.py:score", "other.py:score: .* a file that exists"),
-    ("x = 1", "own.py:score", "own.py has no function score"),
-    ("score = 1", "own.py:score", "has no function score"),
-    ("score = None", "own.py:score", "has no function score")])
-def test_reward_files_that_cannot_be_used_get_a_line(code, name, message, tmp_path):
+@pytest.mark.parametrize("code, name, error, message", [
+    ("", "own.py", BadInput, "own.py: file.py:function is needed"),
+    ("", "own.txt:score", BadInput, "file.py:function is needed"),
+    ("", "other.py:score", BadInput, "other.py:score: .* a file that exists"),
+    ("x = 1", "own.py:score", BadInput, "own.py has no function score"),
+    ("score = None", "own.py:score", BadInput, "has no function score"),
+    ("1 / 0", "own.py:score", ZeroDivisionError, "by zero"),
+    ("0 +", "own.py:score", SyntaxError, "invalid"),
+    ("import nowhere", "own.py:score", ModuleNotFoundError, "nowhere")])
+def test_reward_files_that_cannot_be_used(code, name, error, message, tmp_path):
+    """A line, but for what the file itself raises."""
     (tmp_path / "own.py").write_text(code)
-    with pytest.raises(BadInput, match=message) as error:
-        open_task("toy", reward=str(tmp_path / name))
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("code, error", [
-    ("1 / 0", ZeroDivisionError), ("import nowhere", ModuleNotFoundError),
-    ("def score(s) return 1", SyntaxError)])
-def test_what_a_reward_file_raises_is_passed_on(code, error, tmp_path):
-    (tmp_path / "own.py").write_text(code)
-    with pytest.raises(error):
-        open_task("toy", reward=f"{tmp_path / 'own.py'}:score")
-
-
-@pytest.mark.parametrize("body, message", [
-    ("samples.sort()\n    return [len(s) for s in samples]", "the reward changed its list of samples"),
-    ("samples.pop()\n    return [1]", "the reward changed its list of samples"),
-    ("return {s: 1 for s in samples}", "must return one number per sample")])
-def test_a_reward_that_changes_its_list_is_refused(body, message, tmp_path):
-    (tmp_path / "own.py").write_text(f"def score(samples):\n    {body}\n")
-    task = open_task("toy", reward=f"{tmp_path / 'own.py'}:score")
-    for on_error in (None, 0.0):
-        with pytest.raises(BadInput, match=message):
-            ask(task, task.encode(["TTTTTT", "AAAAAA"]), on_error)
-
-
-def test_what_a_reward_prints_goes_to_standard_error(tmp_path, capsys):
-    (tmp_path / "own.py").write_text("print('loaded')\ndef score(samples):\n    print('asked')\n"
-                                     "    return [len(s) for s in samples]\n")
-    task = open_task("toy", reward=f"{tmp_path / 'own.py'}:score")
-    ask(task, task.encode(["TTTTTT"]))
-    assert tuple(capsys.readouterr()) == ("", "loaded\nasked\n")
-
-
-def test_on_error_is_the_reward_of_samples_whose_reward_fails(tmp_path):
-    """Only theirs: a batch that raises is asked again, sample by sample."""
-    def reward(samples):
-        return [None if s[0] == "A" else math.nan if s[0] == "C" else 1 / (s[0] != "G") for s in samples]
-    task = replace(TASKS["toy"](), reward=lambda tokens: reward(task.samples(tokens)))
-    x = task.encode(["AAAAAA", "TTTTTT", "CAAAAA", "GAAAAA"])
-    with pytest.warns(UserWarning, match="the reward failed: ZeroDivisionError.*makes it -5.0"):
-        assert ask(task, x, on_error=-5.0).tolist() == [-5, 1, -5, -5]
-        late = replace(task, reward=lambda x: (v for _ in "a" for v in task.reward(x)))     # raises
-        assert ask(late, x, on_error=-5.0).tolist() == [-5, 1, -5, -5]      # only when it is read
-    assert ask(task, x[:3], on_error=0.0).tolist() == [0, 1, 0]
-    with pytest.raises(ZeroDivisionError):
-        ask(task, x)
-    with pytest.raises(BadInput, match="the reward of sample 0, 'AAAAAA', is None: a finite number"):
-        ask(task, x[:3])
-    paid = rewards.Paid(tmp_path / "rewards.jsonl", on_error=-5.0)
-    assert paid.ask(task, x[:3]).tolist() == [-5, 1, -5]
-
-
-def test_an_exception_of_the_users_own_is_never_a_line_of_ours():
-    def reward(tokens):
-        raise FileNotFoundError("scores.csv")
-    with pytest.raises(RuntimeError, match="the reward raised an exception") as error:
-        ask(replace(TASKS["toy"](), reward=reward), torch.zeros(1, 6))
-    assert isinstance(error.value.__cause__, FileNotFoundError)
-
-
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
-def test_rewards_that_cannot_be_written_are_told(tmp_path):
-    task, paid = TASKS["toy"](), rewards.Paid(tmp_path / "rewards.jsonl")
-    paid.file.symlink_to("/dev/full")
-    with pytest.raises(OSError, match="No space left"):
-        paid.ask(task, task.encode(["TTTTTT"]))
-
-
-def test_samples_that_differ_in_their_pads_alone_are_paid_for_once(tmp_path):
-    """Also after the file was read again; the file keeps the slots."""
-    asked = []
-    task = replace(TASKS["toy"](4), alphabet="ACGT-", pad="-")
-    task.reward = lambda tokens: asked.extend(task.samples(tokens)) or [1.0] * len(tokens)
-    file = tmp_path / "rewards.jsonl"
-    x = task.encode(["A-C-", "AC--", "-AC-", "TT--"])
-    rewards.Paid(file, pad="-").ask(task, x[:1], iter=1)
-    paid = rewards.Paid(file, pad="-")
-    paid.ask(task, x, iter=2)
-    assert asked == ["AC", "TT"] and len(paid.seen) == 2
-    written = [line["sample"] for line in rewards.whole_lines(file.read_text())]
-    assert written == ["A-C", "A-C", "AC", "-AC", "TT"]
-
-
-@pytest.mark.parametrize("columns", [{"reward": 1}, {"iter": 1}, {"x": None}, {"x": [1]}, [1], None])
-def test_what_measure_must_not_return(columns):
-    with pytest.raises(BadInput, match="measure returned .*: {column: number} is needed"):
-        rewards.measured(columns)
-    assert rewards.measured({"x": 1, "y": torch.tensor(0.5)}) == {"x": 1.0, "y": 0.5}
-
-
-@pytest.mark.parametrize("content, format, message", [
-    (">a\n>b\n", "", "sequence 1 is empty"), ("ACGT\n", "fasta", "is no FASTA: no line begins with")])
-def test_fasta_that_is_none(content, format, message, tmp_path):
-    with pytest.raises(BadInput, match=message):
-        open_task("own", 0, write(tmp_path, content), format=format)
-
-
-def test_every_known_row_is_in_a_rollout_of_two_or_more(tmp_path):
-    rows = "".join(f"{s},1\n" for s in ("AAAAAA", "CCCCCC", "GGGGGG", "TTTTTT", "ACACAC"))
-    file = write(tmp_path, "sample, reward\n" + rows)
-    for group, sizes in ((1, [3, 2]), (2, [3, 2]), (3, [5]), (9, [5])):
-        known = rewards.read_known(TASKS["toy"](), file, group)
-        assert [len(old.tokens) for old in known] == sizes
-
+    with pytest.raises(error, match=message) as raised:
+        open_task(reward=str(tmp_path / name))
+    assert "\n" not in str(raised.value)
