@@ -2,25 +2,50 @@
 
     python sample.py --run=out/toy                          # ten samples with their rewards
     python sample.py --run=out/toy --compare                # pre-trained beside fine-tuned
-    python sample.py --run=out/toy --best=20                # the best that the run ever asked
+    python sample.py --run=out/toy --best=20                # the best that the run ever found
     python sample.py --run=out/toy --prompt=TC____          # some letters given
-    python sample.py --run=out/toy --movie=denoise.gif      # the reverse process, slot by slot
+    python sample.py --run=out/toy --movie=denoise.gif      # the reverse process, step by step
     python sample.py --run=out/toy --n=1000 --format=fasta > samples.fasta
 
 Samples go to standard output, everything else to standard error.
 """
 import argparse
+import inspect
 import json
 import math
 import os
+import re
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args, get_type_hints
 
 import torch
 
-from diffusion import CHAINS, device_of
-from model import Config, Denoiser
-from rewards import BadInput, Task, ask, open_task, whole_lines
+from diffusion import CHAINS
+from model import make_model
+from rewards import BadInput, RewardLog, Task, measured, open_task
+
+
+@dataclass
+class Flags:
+    # what to show
+    run: Path = Path("out/toy")         # folder of a run of train.py
+    which: Literal["finetuned", "pretrained"] = "finetuned"         # which model
+    compare: bool = False               # both models, side by side
+    best: int = 0                       # in place of new samples: the N best that the run queried
+    n: int = 10                         # number of samples
+    format: Literal["text", "fasta", "jsonl"] = "text"              # of the samples
+    movie: str = ""                     # file.gif: the reverse process of a few samples
+    plot: str = ""                      # file.png: histogram of the rewards
+
+    # how to sample
+    prompt: str = ""                    # given letters, with _ for free positions: TC____; where _
+                                        # is a letter or the pad, an error names another blank
+    steps: int = -1                     # of the time grid; 0: the process's default; -1: the run's
+    temperature: float = 1.0            # divides the logits
+    seed: int = 0                       # seed of every random draw
+
 
 FORMATS = {                             # of sample i and its reward, which may be nan
     "text": lambda i, sample, reward: f"{reward:8.4f}  {sample}",
@@ -32,60 +57,45 @@ FORMATS = {                             # of sample i and its reward, which may 
 # -----------------------------------------------------------------------------
 # the command line
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    pass
-
-
-def number(kind, low, high=math.inf):
-    """A type for add_argument: int or float in [low, high]; nan and infinity are in no range."""
-    def parse(text):
-        value = kind(text)
-        if not low <= value <= high or value == math.inf:
-            raise ValueError
-        return value
-    parse.__name__ = f"{kind.__name__} in [{low}, {high}]"              # for argparse's messages
-    return parse
-
-
-def name_of(suffix):
-    """A type for add_argument: a file name with this suffix."""
-    def parse(text):
-        if not text.endswith(suffix):
-            raise ValueError
-        return text
-    parse.__name__ = f"name with {suffix}"
-    return parse
-
-
-def get_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter,
-                                     allow_abbrev=False)
-    add = parser.add_argument
-    add("--run", default="out/toy", help="folder of a run of train.py")
-    add("--which", choices=["finetuned", "pretrained"], default="finetuned", help="which model")
-    add("--compare", action="store_true", help="both models, side by side")
-    add("--best", type=number(int, 0), default=0,
-        help="in place of new samples: the N best that the run has asked a reward for")
-    add("--n", type=number(int, 1), default=10, help="number of samples")
-    add("--steps", type=number(int, -1), default=-1,
-        help="steps of the time grid (0: the process's default; -1: the run's)")
-    add("--prompt", default="", help="given letters, with _ for free slots: TC____; where _ is "
-        "a letter or the pad, the blank is another one, which an error names")
-    add("--temperature", type=number(float, 0.001), default=1.0, help="divides the logits")
-    add("--seed", type=number(int, 0), default=0, help="seed of every random draw")
-    add("--format", choices=list(FORMATS), default="text", help="of the samples")
-    add("--movie", type=name_of(".gif"), help="file.gif: the reverse process of a few samples")
-    add("--plot", type=name_of(".png"), help="file.png: histogram of the rewards")
+def parser_of(flags, description, epilog=""):
+    """A parser of a dataclass of flags: its types and defaults, with the comments as help. What was
+    not typed is left out of its result."""
+    parser = argparse.ArgumentParser(usage="%(prog)s [--flag=value ...]", description=description,
+                                     epilog=epilog, allow_abbrev=False,
+                                     argument_default=argparse.SUPPRESS,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    kinds = get_type_hints(flags)
+    for line in inspect.getsource(flags).replace("%", "%%").splitlines():
+        if heading := re.fullmatch(r" {4}# (.+)", line):
+            group = parser.add_argument_group(heading[1])
+        elif more := re.fullmatch(r" {8,}# (.+)", line):
+            flag.help += " " + more[1]
+        elif field := re.fullmatch(r" {4}(\w+): .+? = (\S+) +# (.+)", line):
+            name, default, text = field.groups()
+            kind, *others = get_args(kinds[name]) or [kinds[name]]
+            if kind is bool:
+                options = dict(action="store_true")
+            elif isinstance(kind, str):
+                options = dict(choices=[kind, *others])
+            else:
+                options = dict(type=kind, metavar=default)
+            flag = group.add_argument(f"--{name}", help=text, **options)
     return parser
 
 
 def main(argv=None):
-    parser = get_parser()
-    args = parser.parse_args(argv)
+    parser = parser_of(Flags, __doc__)
+    args = Flags(**vars(parser.parse_args(argv)))
+    if args.n < 1 or args.temperature <= 0:
+        parser.error("--n must be at least 1, --temperature above 0")
+    if args.movie and not args.movie.endswith(".gif"):
+        parser.error("--movie needs a name with .gif")
+    if args.plot and not args.plot.endswith(".png"):
+        parser.error("--plot needs a name with .png")
     if args.best and (args.compare or args.prompt or args.movie):
-        parser.error("--best shows what was asked: it has no --compare, --prompt or --movie")
+        parser.error("--best shows what was queried: it has no --compare, --prompt or --movie")
     if args.compare and args.format != "text":
-        parser.error(f"--compare prints a table: --format={args.format} is for one model")
+        parser.error("--compare prints a table: --format is for one model")
     try:
         run(args)
     except BrokenPipeError:                             # the reader, such as head, has seen enough
@@ -96,11 +106,11 @@ def main(argv=None):
 
 
 def run(args):
+    names = ["pretrained", "finetuned"] if args.compare else [args.which]
     if args.best:
-        drawn = {"best": best_asked(Path(args.run), args.best)}
+        drawn = {"best": best_found(args.run / "rewards.jsonl", args.best)}
     else:
-        names = ["pretrained", "finetuned"] if args.compare else [args.which]
-        drawn = {name: draw(args, Path(args.run) / f"{name}.pt") for name in names}
+        drawn = {name: draw(args, args.run / f"{name}.pt") for name in names}
     if args.plot:
         histograms(drawn, args.plot)
     columns = []
@@ -116,36 +126,34 @@ def run(args):
 
 def draw(args, file):
     """Samples of one model -> strings, rewards (nan where there is no reward)."""
-    model, run = load_model(file)
-    model.head.weight.data /= args.temperature          # logits are linear in the head
-    model.head.bias.data /= args.temperature
-    task = load_task(run, model.config.length)
-    process = CHAINS[run.process](task.vocab_size)
-    prompts = read_prompts(task, args.prompt, run.held_out_prompts, args.n)
+    model, saved = load_model(file)
+    task, flags = load_task(saved), argparse.Namespace(**saved["flags"])
+    steps = flags.steps if args.steps < 0 else args.steps
+    process = CHAINS[flags.process](task.vocab_size, steps)
+    prompts = read_prompts(task, args.prompt, saved["prompts"], args.n)
     torch.manual_seed(args.seed)
-    steps = run.steps if args.steps < 0 else args.steps
-    path = process.sample(model, args.n, task.length, steps, prompts)
-    rewards = [math.nan] * args.n
+    policy = model if args.temperature == 1 else lambda x, t: model(x, t) / args.temperature
+    tokens, path = process.sample(policy, args.n, task.length, prompts)
+    samples, rewards = task.strings(tokens), [math.nan] * args.n
     if task.reward is not None:
-        rewards = ask(task, path.tokens, run.on_error).tolist()
+        rewards = RewardLog(on_error=flags.on_error).query(task.reward, samples).tolist()
     elif args.plot:
         raise BadInput("--plot: the run's reward is not there")
-    distinct, mean = len(path.tokens.unique(dim=0)), sum(rewards) / args.n
-    print(f"{file}: {args.n} samples, {distinct} distinct, mean reward {mean:.3f}", file=sys.stderr)
+    print(f"{file}: {args.n} samples, {len(set(samples))} distinct, mean reward "
+          f"{sum(rewards) / args.n:.3f}", file=sys.stderr)
     if args.movie and file.stem == args.which:
-        movie(task, path, rewards, args.movie)
-    return task.samples(path.tokens), rewards
+        movie(task, tokens, path, rewards, args.movie)
+    return samples, rewards
 
 
-def best_asked(folder, n):
+def best_found(file, n):
     """The n best distinct samples in the rollouts of a run -> strings, rewards."""
-    pad, file = load(folder / "pretrained.pt")["flags"]["pad"], folder / "rewards.jsonl"
-    reward_of = {line["sample"].replace(pad, ""): line["reward"]
-                 for line in whole_lines(file.read_text()) if "stage" not in line}
-    if not reward_of:
-        raise BadInput(f"{file} holds no rollout yet")
-    ranked = sorted(reward_of, key=reward_of.get, reverse=True)[:n]
-    return ranked, [reward_of[sample] for sample in ranked]
+    lines = [line for line in RewardLog(file, is_writer=False).lines
+             if "iter" in line and not line.get("failed")]
+    if not lines:
+        raise BadInput(f"{file} holds no rollout: is {file.parent} the folder of a run?")
+    lines.sort(key=lambda line: -line["reward"])
+    return zip(*((line["sample"], line["reward"]) for line in lines[:n]))
 
 
 def read_prompts(task, text, prompts, n):
@@ -155,11 +163,11 @@ def read_prompts(task, text, prompts, n):
     try:
         prompt = task.encode([text], task.blank)
         if task.blank not in text:
-            raise BadInput("no slot is free")
+            raise BadInput("no position is free")
         if task.pad and task.pad in text.rstrip(task.pad):
             raise BadInput(f"the pad {task.pad} can only stand at the end")
     except BadInput as error:
-        raise BadInput(f"--prompt={text}: {error}; {task.blank} is a free slot") from None
+        raise BadInput(f"--prompt={text}: {error}; {task.blank} is a free position") from None
     return prompt
 
 # -----------------------------------------------------------------------------
@@ -176,101 +184,87 @@ def load(file):
                        f"({type(error).__name__})") from None
 
 
-def load_model(file, autocast=None):
-    """A model saved by train.py -> model; flags, alphabet and held-out prompts of its run."""
+def load_model(file):
+    """A model saved by train.py -> model; all else that was saved with it."""
     saved = load(file)
     try:
-        model = Denoiser(Config(**saved["config"]), autocast)
-        model.load_state_dict(saved["model"])
-        run = argparse.Namespace(**saved["flags"], alphabet=saved["alphabet"],
-                                 held_out_prompts=saved["prompts"])
-        return model.eval(), run
-    except (KeyError, IndexError, TypeError, RuntimeError) as error:
-        raise BadInput(f"{file} is not a model of train.py ({error.__class__.__name__})") from error
+        flags = argparse.Namespace(**saved["flags"])
+        model = make_model(flags, len(saved["alphabet"]), saved["length"])
+        model.load_state_dict(saved.pop("model"))
+        return model.eval(), saved
+    except (AttributeError, KeyError, IndexError, TypeError, RuntimeError) as error:
+        raise BadInput(f"{file} is not a model of train.py ({type(error).__name__})") from error
 
 
-def load_task(run, length):
+def load_task(saved):
     """The task of a saved run. Without its data or reward file: no reward, so no scores."""
     try:
-        task = open_task(run.task, run.length, run.data, run.pad, run.crop, run.reward, run.format)
-        if (task.alphabet, task.length) == (run.alphabet, length):
+        task = open_task(**saved["flags"])
+        if (task.alphabet, task.length) == (saved["alphabet"], saved["length"]):
             return task
-        problem = f"{run.data} has other letters or another length than when the run began"
+        print("no scores (nan): the data has other letters or another length than when the run "
+              "began", file=sys.stderr)
     except BadInput as error:
-        problem = error
-    print(f"no scores (nan): {problem}", file=sys.stderr)
-    return Task(run.task, run.alphabet, length, data=None, reward=None, pad=run.pad)
+        print(f"no scores (nan): {error}", file=sys.stderr)
+    task = Task(saved["length"])
+    task.alphabet, task.pad, task.reward = saved["alphabet"], saved["pad"], None
+    return task
 
 # -----------------------------------------------------------------------------
-# what a run has learnt; train.py calls these
+# the report of a run, which train.py prints
 
-def evaluate(args, task, process, model, tokens, paid, iter):
-    """What the task measures on the latest rollout, and the reward on held-out prompts."""
-    metrics = task.measure(tokens)
-    if task.given:
-        prompts = task.prompts(task.held_out(256, args.seed)).to(tokens.device)
-        path = process.sample(model, len(prompts), task.length, args.steps, prompts)
-        reward = paid.ask(task, path.tokens, iter, "evaluation")
-        metrics["held_out_reward"] = reward.mean().item()
-    return metrics
-
-
-def report(args, task, process, exact, reference, model, paid):
+def report(args, task, process, exact, reference, model, log):
     """Print each model's reward, KL to the pre-trained one and samples; save report.json."""
-    held_out = task.held_out(args.report_samples, args.seed).to(device_of(model))
-    prompts = task.prompts(held_out)
-    n = len(held_out)
-    few, k = max(1, n // 4), 16
-    n_known = len(paid.reward_of)
+    held = task.held[:args.report_samples]
+    n, few, k = len(held), max(1, len(held) // 4), 16
+    prompts, n_before, rows = task.prompts(held), len(log.lines), {}
     print("report: mean reward; KL to the pre-trained model, nats; share of distinct samples; "
-          "hamming: share of\nslots in which two samples differ; commonest: share of the commonest "
-          "letter; a few samples.\nbest of 16: the best of each 16 samples of the pre-trained one")
+          "hamming: share of\npositions in which two samples differ; a few samples.\n"
+          "best of 16: the best of each 16 samples of the pre-trained one")
 
-    rows = {}
+    def add(name, tokens, kl, **more):
+        samples = task.strings(tokens)
+        reward = log.query(task.reward, samples, stage=f"report {name}").mean().item()
+        more |= diversity(task, samples) | measured(task, samples)
+        if task.pad:                                    # the reward sees such samples without them
+            inner = [task.pad in string.rstrip(task.pad) for string in task.decode(tokens)]
+            more["inner pads"] = sum(inner) / len(inner)
+        rows[name] = dict(reward=reward, kl=kl, **more)
+        cells = [f"{key} {value:.3f}" for key, value in rows[name].items() if value is not None]
+        print(f"{name:12} " + "  ".join(cells), *samples[:4], sep="\n    ")
 
-    def add(name, tokens, kl):
-        reward = paid.ask(task, tokens, stage=f"report {name}").mean().item()
-        row = dict(reward=reward, kl=kl) | diversity(tokens, task.vocab_size) | task.measure(tokens)
-        if exact and name == "fine-tuned":
-            row.update(exact(model))
-        rows[name] = row
-        cells = [f"{key} {value:.3f}" for key, value in row.items() if value is not None]
-        print(f"{name:12} " + "  ".join(cells), *task.samples(tokens[:4]), sep="\n    ")
-
-    add("data", held_out, None)
+    add("data", held, None)
     for name, policy in (("pre-trained", reference), ("fine-tuned", model)):
-        path = process.sample(policy, n, task.length, args.steps, prompts)
-        add(name, path.tokens, process.path_kl(reference, path).mean().item())
+        tokens, path = process.sample(policy, n, task.length, prompts)
+        log_ratio = path.per_sequence(path.logp - process.logp(reference, path))
+        known = exact(model) if exact and policy is model else {}
+        add(name, tokens, log_ratio.mean().item(), **known)
     prompts = prompts[:few].repeat_interleave(k, dim=0)
-    many = process.sample(reference, few * k, task.length, args.steps, prompts).tokens
-    best = paid.ask(task, many, stage="report 16").view(few, k).argmax(dim=1)
-    best = many.view(few, k, -1)[torch.arange(few), best]
+    many, _ = process.sample(reference, few * k, task.length, prompts)
+    reward = log.query(task.reward, task.strings(many), stage="report 16").view(few, k)
+    best = many.view(few, k, -1)[torch.arange(few), reward.argmax(dim=1)]
     add("best of 16", best, math.log(k) - (k - 1) / k)  # its KL is at most this
 
-    print(f"the report asked for {len(paid.reward_of) - n_known:,} more rewards "
-          "(--report_samples=0: none)")
+    print(f"the report made {len(log.lines) - n_before:,} more queries (--report_samples=0: none)")
     (args.out / "report.json").write_text(json.dumps(rows, indent=2) + "\n")
-    before, after = rows["pre-trained"], rows["fine-tuned"]
-    if after["hamming"] < before["hamming"] / 2 or after["commonest"] > 1.5 * before["commonest"]:
+    if rows["fine-tuned"]["hamming"] < rows["pre-trained"]["hamming"] / 2:
         print("note: the samples have become much more alike. If that is not what you want, try a "
               "larger --beta, or a reward that forbids it")
 
 
-def diversity(tokens, V):
-    """What shows that a reward is exploited, of tokens [B, L]: the share of distinct samples, the
-    mean share of slots in which two samples differ, and the share of the commonest letter."""
-    B = len(tokens)
-    share = torch.nn.functional.one_hot(tokens, V).double().mean(dim=0)                 # [L, V]
-    differ = (1 - share.square().sum(dim=1)).mean() * B / max(1, B - 1)
-    commonest = share.mean(dim=0).max()
-    return dict(distinct=len(tokens.unique(dim=0)) / B, hamming=differ.item(),
-                commonest=commonest.item())
+def diversity(task, samples):
+    """What shows that a reward is exploited: the share of distinct samples, and the mean share of
+    positions in which two samples differ."""
+    n = len(samples)
+    one_hot = torch.nn.functional.one_hot(task.encode(samples), task.vocab_size).double()
+    differ = (1 - one_hot.mean(dim=0).square().sum(dim=1)).mean() * n / max(1, n - 1)
+    return dict(distinct=len(set(samples)) / n, hamming=differ.item())
 
 # -----------------------------------------------------------------------------
 # pictures
 
 def plot_curve(args):
-    """curve.png, from metrics.jsonl: six panels, of metrics against the number of rewards, and of
+    """curve.png, from metrics.jsonl: six panels, of metrics against the number of queries, and of
     the reward against the KL that it costs."""
     from matplotlib.figure import Figure                # slow to import, so only when needed
     lines = [json.loads(line) for line in open(args.out / "metrics.jsonl")]
@@ -282,12 +276,13 @@ def plot_curve(args):
     figure = Figure(figsize=(13, 6))
     figure.suptitle(f"{args.task}, {args.algo}, beta {args.beta:g}")
     for i, (axis, keys) in enumerate(zip(figure.subplots(2, 3).flat, panels)):
-        x, style = ("kl", ".") if i == 1 else ("queries", ".-")
+        x = "kl" if i == 1 else "queries"
         for key in keys:
             points = [(line[x], line[key]) for line in lines if key in line]
             if points:
-                axis.plot(*zip(*points), style, ms=3, label=key.replace("_", " "))
-        axis.set_xlabel("KL to the pre-trained model, nats" if i == 1 else "rewards asked")
+                label = key.replace("_", " ")
+                axis.plot(*zip(*points), "." if i == 1 else ".-", ms=3, label=label)
+        axis.set_xlabel("KL to the pre-trained model, nats" if i == 1 else "queries")
         if keys:
             axis.legend()
     figure.subplots_adjust(left=0.05, right=0.98, hspace=0.3)
@@ -298,29 +293,29 @@ def histograms(drawn, file):
     from matplotlib.figure import Figure
     figure = Figure()
     axis = figure.subplots()
-    values = [rewards for _, rewards in drawn.values()]
-    axis.hist(values, bins=30, label=list(drawn))       # in the same bins
+    axis.hist([rewards for _, rewards in drawn.values()], bins=30, label=list(drawn))
     axis.set_xlabel("reward")
     axis.legend()
     figure.savefig(file, dpi=110)
 
 
-def movie(task, path, rewards, file):
-    """A GIF of the reverse process of eight samples: a row per sample, a cell per slot, grey while
-    it is masked; the rewards come with the last state."""
+def movie(task, tokens, path, rewards, file):
+    """A GIF of the reverse process of eight samples: a row per sample, a cell per position, grey
+    while it is masked; the rewards come with the last state."""
     from matplotlib import colormaps
     from matplotlib.animation import FuncAnimation, PillowWriter
     from matplotlib.figure import Figure
-    last = int(path.n_events[:8].max())
+    states = [torch.cat((path.x[path.row == b], tokens[b:b + 1])) for b in range(len(tokens[:8]))]
+    last = max(map(len, states)) - 1
     figure = Figure(figsize=(min(12, 1 + 0.35 * task.length), 3.5))
     axis = figure.subplots()
     colours = colormaps["tab20"].resampled(task.vocab_size).with_extremes(over="0.9")
 
     def frame(j):
-        state = path.state(j)[:8]
+        state = torch.stack([rows[min(j, len(rows) - 1)] for rows in states])           # [8, L]
         axis.clear()
         axis.axis("off")
-        axis.set_title(f"event {j} of {last}")
+        axis.set_title(f"transition {j} of {last}")
         labels = [f"{reward:.2f} " if j == last else " " * 6 for reward in rewards[:8]]
         letters = [list(string.replace(task.blank, " ")) for string in task.decode(state)]
         axis.table(letters, colours(state.numpy(), alpha=0.8), cellLoc="center", rowLabels=labels,

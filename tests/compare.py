@@ -37,17 +37,17 @@ import sample  # noqa: E402
 import sepo  # noqa: E402
 from diffusion import Absorbing  # noqa: E402
 from exact import corrected_law, rank  # noqa: E402
-from rewards import toy  # noqa: E402
+from rewards import TASKS, RewardLog  # noqa: E402
 
 TOY = ["--task=toy", "--report_samples=0", "--eval_every=2"]
 ARITHMETIC = ["--task=arithmetic", "--report_samples=0"]
 DNA = ["--task=dna", "--report_samples=500"]
 EHRLICH = ["--task=ehrlich", "--report_samples=0", "--eval_every=2"]
-ONCE = ["--replay=0", "--group=128", "--iters=40"]          # every reward is used in one rollout
+ONCE = ["--replay=0", "--group=128", "--iters=40"]          # every sample is used in one rollout
 ONCE_SEPO = [*ONCE, "--updates=16", "--path_events=1"]
 STYLE = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 11, "savefig.dpi": 110,
          "figure.constrained_layout.use": True}             # of all figures of tests/
-LABELS = {"queries": "rewards asked", "kl": "KL of the paths, nats", "reward": "oracle"}
+LABELS = {"kl": "KL of the paths, nats", "reward": "oracle"}
 LOOP, PRDP, REINFORCE = ["--algo=loop"], ["--algo=prdp"], ["--algo=reinforce"]
 UNTRAINED = ["--pretrain_iters=50"]     # so that the model's conditionals agree with nothing
 MARKS, MOVES = (128, 256, 512, 1024, 2560, 5120), (0, 8, 32, 128)
@@ -57,7 +57,7 @@ COMPARISONS = {             # name: (flags of all runs, the column to compare, {
         task: [f"--task={task}"] for task in ("toy", "arithmetic", "dna", "text", "ehrlich")}),
     "toy": (TOY, "share_of_optimum", {"sepo": []}),
     "replay": (TOY, "share_of_optimum", {
-        "sepo": [], "loop": LOOP, "prdp": PRDP, "wdce": ["--algo=wdce"],
+        "sepo": [], "loop": LOOP, "prdp": PRDP, "wdce": ["--algo=wdce", "--explore=0"],
         "sepo, no replay": ONCE_SEPO, "sepo, cap, no replay":
             [*ONCE, "--updates=4", "--path_events=1", "--clip_mode=cap"],
         "loop, no replay": [*ONCE, *LOOP, "--updates=8"],
@@ -72,7 +72,7 @@ COMPARISONS = {             # name: (flags of all runs, the column to compare, {
         f"beta {beta}": [f"--beta={beta}"] for beta in (0, 0.03, 0.1, 0.3)}),
     "ehrlich": (EHRLICH, "reward", {
         "wdce, explore": [], "wdce": ["--explore=0"],
-        "sepo": ["--algo=sepo", "--explore=0", "--replay=7"]}),
+        "sepo": ["--algo=sepo"]}),
     "corrector": (TOY, "share_of_optimum", {
         f"{name}{n} moves": [f"--corrector_steps={n}", *flags]
         for name, flags in (("", []), ("50 steps of pre-training, ", UNTRAINED)) for n in MOVES}),
@@ -125,11 +125,11 @@ def span(values):
 
 
 def table(runs, key, marks):
-    """Markdown: the column where so many rewards had been asked, at the end for every seed, and
-    what a run asked and took."""
+    """Markdown: the column after so many queries, at the end for every seed, and what a run queried
+    and took."""
     heads = [f"at {mark:,}" for mark in marks]
-    heads += ["at the end, every seed", "median", "rewards", "CPU seconds"]
-    heads += ["rewards until 0.99"] * (key == "share_of_optimum")
+    heads += ["at the end, every seed", "median", "queries", "CPU seconds"]
+    heads += ["queries until 0.99"] * (key == "share_of_optimum")
     rows = [f"| | {' | '.join(heads)} |", "|" + " --- |" * (len(heads) + 1)]
     for name, seeds in runs.items():
         cells = []
@@ -169,7 +169,7 @@ def figure(runs, panels, file):
             axis.fill_between([statistics.median(v) for v in xs], [min(v) for v in ys],
                               [max(v) for v in ys], alpha=0.15, color=line.get_color())
         shown = "every seed" if x == "kl" else "median and range"
-        axis.set_xlabel(f"{LABELS[x]} (seeds: {len(seeds)}; {shown})")
+        axis.set_xlabel(f"{LABELS.get(x, x)} (seeds: {len(seeds)}; {shown})")
         axis.set_ylabel(LABELS.get(y, y.replace("_", " ")))
         if y == "share_of_optimum":
             axis.set_ylim(0, 1.03)
@@ -179,19 +179,25 @@ def figure(runs, panels, file):
     drawing.savefig(file)
 
 
+def reward_of(task, log=None):
+    """-> a function: tokens [n, L] -> rewards, float64 [n]; a log counts the queries."""
+    log = log or RewardLog()
+    return lambda tokens: log.query(task.reward, task.strings(tokens))
+
+
 class Known:
     """A process whose models are their distributions."""
     vocab_size = 4
 
-    def exact_law(self, law, length, steps):
+    def exact_law(self, law, length):
         return law
 
 
 def corrected_samples(out, seeds):
     """Moves at sampling alone, after runs without the corrector: the share of the optimum of the
     fine-tuned model, and the cross-entropy of the data, nats, of the pre-trained one."""
-    task, process = toy(), Absorbing(4)
-    x = rank(task.data(50_000, torch.Generator().manual_seed(0)), 4)
+    task, process = TASKS["toy"](), Absorbing(4)
+    x = rank(task.draw(50_000, torch.Generator().manual_seed(0)), 4)
     print("\n| at sampling alone | " + " | ".join(f"{n} moves" for n in MOVES) + " |")
     print("| --- " * 5 + "|")
     for name in ("0 moves", "50 steps of pre-training, 0 moves"):
@@ -202,7 +208,7 @@ def corrected_samples(out, seeds):
             laws = [process.exact_law(model, task.length).detach() for model in models]
             before, after = (corrected_law(process, model, law, 0.5, MOVES)
                              for model, law in zip(models, laws))
-            share = sepo.ground_truth(Known(), laws[0], task.reward, task.length, beta=0.1)
+            share = sepo.ground_truth(Known(), laws[0], reward_of(task), task.length, beta=0.1)
             shares.append([share(law)["share_of_optimum"] for law in after])
             losses.append([-law[x].log().mean().item() for law in before])
         for what, rows in (("share of the optimum", shares), ("cross-entropy of the data", losses)):

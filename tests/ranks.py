@@ -4,6 +4,7 @@
 """
 import sys
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path as File
 
 import torch
@@ -12,29 +13,31 @@ HERE = File(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 import sepo  # noqa: E402
 import train  # noqa: E402
-from diffusion import Absorbing, MaskPath  # noqa: E402
+from diffusion import Absorbing  # noqa: E402
 from exact import network  # noqa: E402
 
 
-
 def main(file):
-    args = Namespace(device="cpu", dtype="auto")
-    train.setup(args)
-    model, process, G = network(4, 6), Absorbing(4), 8
-    path = process.sample(model, 4 * G, 6, generator=torch.Generator().manual_seed(0))
-    parts = (path.tokens, path.time, path.logp)
-    path = MaskPath(*(part.chunk(train.WORLD_SIZE)[train.RANK] for part in parts), path.mask)
-    rewards = (path.tokens == 2).float().mean(dim=1).view(-1, G)
-    scale = train.average_(sepo.reward_scale(rewards, "grpo", beta=0.1).square()).sqrt()
-    A = sepo.advantages(rewards, "grpo", scale=scale).flatten()
-    optimizer = train.adamw(model, 0.0)
+    train.setup(Namespace(device="cpu", dtype="auto"))
+    model, process, P, G = network(4, 6), Absorbing(4), 4, 8
+    torch.manual_seed(0)
+    tokens, path = process.sample(model, P * G, 6)
+    rewards = (tokens == 2).float().mean(dim=1).view(P, G)
+    A = sepo.advantages(rewards, "loo").flatten()
+
+    n = P * G // train.WORLD_SIZE                       # this process has the rows from `first` on
+    first = n * train.RANK
+    mine = path[(first <= path.row) & (path.row < first + n)]
+    mine = replace(mine, row=mine.row - first, weight=mine.weight * train.WORLD_SIZE, batch=n)
+    optimizer = train.adamw(model, weight_decay=0.0)
     for _ in range(5):
-        view = sepo.draw_view(process, model, path, events=0)
-        sepo.loop_loss(process, model, view, A)[0].backward()
+        loss, _ = sepo.loop_loss(process.logp(model, mine), mine, A[first:first + n])
+        loss.backward()
         train.step(model, optimizer, 1e-3)
-    mean = train.average(dict(reward=rewards.mean()))["reward"]
+    loss = train.average_(loss.detach())
+    parts = train.gather(rewards.flatten()[first:first + n])
     if train.MASTER:
-        torch.save(dict(reward=mean, scale=scale, model=model.state_dict()), file)
+        torch.save(dict(loss=loss, reward=torch.cat(parts), model=model.state_dict()), file)
     if train.WORLD_SIZE > 1:
         torch.distributed.destroy_process_group()
 

@@ -1,0 +1,426 @@
+"""The command line of train.py and sample.py: flags and their help, bad input, what the user is
+told; samples, pictures and the report.
+
+Read first test_bad_flags_get_a_short_message_and_status_2."""
+import json
+import os
+import re
+import shutil
+import traceback
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+
+import sample
+import train
+from diffusion import Absorbing
+from helpers import (TINY, captured, fails, launch, lines, queried, run, same, saved_as, set_two,
+                     share_of, weights)
+from helpers import two  # noqa: F401  (a fixture of every test)
+from rewards import TASKS, BadInput
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    """A finished run -> its folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sample, "plot_curve", lambda args: None)
+        out = tmp_path_factory.mktemp("toy") / "run"
+        run(out, task="toy")
+    return out
+
+
+def printed_rows(capsys):
+    return [line.split() for line in capsys.readouterr().out.splitlines()]
+
+# -----------------------------------------------------------------------------
+# flags
+
+
+@pytest.mark.parametrize("args, message", [
+    (["--grup=8"], "unrecognized arguments: --grup=8"),
+    (["--crop", "True"], "unrecognized arguments: True"),
+    (["--group=1"], "--group=1 leaves nothing to compare a sample with: add --advantage=running"),
+    (["--task=toi"], "--task=toi: choose one of toy, dna, "),
+    (["--iters=1.5"], "argument --iters: invalid int value: '1.5'"),
+    (["--beta=inf"], "--beta and --lr must be at least 0"),
+    (["--group=0"], "--prompts, --group, --updates, --eval_every and --keep must be at least 1"),
+    (["--lr=nan"], "--beta and --lr must be at least 0"),
+    (["--iters"], "argument --iters: expected one argument"),
+    (["--n_embd=30"], "n_embd must be even and a multiple of --n_head"),
+    (["--advantage=running"], "--advantage=running is for new rollouts alone: add --replay=0"),
+    (["--algo=prdp", "--beta=0"], "prdp, wdce and --explore need --beta above 0"),
+    (["--algo=wdce", "--process=uniform"], "--algo=wdce .* with --process=absorb"),
+    (["--algo=wdce", "--replay=1"], "--algo=wdce learns from all, .* no --replay"),
+    (["--algo=wdce", "--corrector_steps=1"], "--algo=wdce .* no corrector"),
+    (["--algo=wdce", "--beta=0"], "prdp, wdce and --explore need --beta above 0"),
+    (["--explore=0.5", "--beta=0"], "prdp, wdce and --explore need --beta above 0"),
+    (["--task=arithmetic", "--explore=0.5"], "wdce and --explore are for tasks without prompts"),
+    (["--corrector_t=1"], r"--corrector_t must lie in \(0, 1\)"),
+    (["--algo=loop", "--clip_mode=cap"], "--clip_mode is for --algo=sepo"),
+    (["--algo=published", "--process=uniform"], "--algo=published needs --process=absorb"),
+    (["--data=x.txt"], "--data brings its own task, .*: leave out --task"),
+    (["--pad=N"], "--data brings its own task, with --alphabet, --pad and --crop"),
+    (["--task=own"], "--data brings its own task"),
+    (["--reward=x.py:f"], "--reward=.*x.py:f: file.py:function is needed, and a file that exists"),
+    (["--known=x.csv"], "--known=.*x.csv cannot be read: .*No such file"),
+    (["--on_error=go"], "argument --on_error: invalid float value: 'go'"),
+    (["--device=cuda"], "sees no CUDA device"),
+    (["--resume"], "holds no run")])
+def test_bad_flags_get_a_short_message_and_status_2(args, message, tmp_path, capsys):
+    if args == ["--device=cuda"] and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    args = ["--task=toy", "--data_size=100", f"--out={tmp_path / 'run'}", *args]
+    err = fails(train.main, args, message, capsys)
+    assert err.count("\n") <= 2 and not (tmp_path / "run").exists()
+
+
+def test_data_without_a_reward_gets_a_line(tmp_path, capsys):
+    (tmp_path / "data.txt").write_text("ACGT\nACCA\n" * 9)
+    fails(train.main, [f"--data={tmp_path / 'data.txt'}", f"--out={tmp_path / 'run'}"],
+          "has no reward: give it one, or --reward", capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_value_follows_a_space_or_an_equals_sign(tmp_path):
+    typed = {"lr": 0.5, "algo": "loop", "iters": 3, "on_error": -1.0}
+    out, pairs = ["--out", str(tmp_path / "x")], [(f"--{k}", str(v)) for k, v in typed.items()]
+    spaced, _ = train.read_flags([*out, *(part for pair in pairs for part in pair)])
+    joined, _ = train.read_flags([*out, *map("=".join, pairs)])
+    assert spaced == joined and {k: getattr(joined, k) for k in typed} == typed
+
+
+def test_defaults_are_those_of_the_task_the_chain_the_method_then_what_was_typed(tmp_path):
+    def flags(*args):
+        return train.read_flags([f"--out={tmp_path / 'x'}", *args])[0]
+    assert flags().exact and flags().replay == 15 and flags().explore == 0
+    assert flags("--algo=wdce").replay == 0 and flags("--algo=wdce", "--replay=0").updates == 16
+    text = flags("--task=text")
+    assert (text.algo, text.explore, text.pretrain_iters) == ("wdce", 0.5, 2500)
+    text = flags("--task=text", "--algo=sepo", "--process=uniform", "--pretrain_iters=7")
+    assert (text.explore, text.pretrain_iters, text.pretrain_lr) == (0, 7, 1e-3)
+
+
+@pytest.mark.parametrize("program", [train, sample])
+def test_every_flag_is_explained_with_its_default(program, capsys):
+    with pytest.raises(SystemExit) as stop:
+        program.main(["--help"])
+    shown = capsys.readouterr().out
+    words = "".join(shown.split())                              # lines are broken anywhere
+    explained = {action.dest: action.help.replace("%%", "%")
+                 for action in sample.parser_of(program.Flags, "")._actions}
+    assert stop.value.code == 0 and len(explained) >= 12
+    assert {field.name for field in fields(program.Flags)} == set(explained) - {"help"}
+    for field in fields(program.Flags):
+        text = explained[field.name]
+        assert text and "".join(text.split()) in words, field
+        if type(field.default) in (int, float):
+            value, = re.findall(rf"^  --{field.name} (\S+)", shown, re.M)
+            assert float(value) == field.default
+    if program is train:
+        defaults = shown[shown.index("\ndefaults of"):]
+        assert re.search("  uniform: .*--pretrain_iters=2000", defaults)
+        assert re.search("  toy: .*--n_embd=64", defaults)
+        assert "perhapswithother--itersor--pretrain_iters" in words     # a comment's second line
+
+
+def test_the_size_of_the_network_follows_the_size_of_the_data(tmp_path):
+    (tmp_path / "own.py").write_text("def f(samples): return [1.0] * len(samples)\n")
+    found = []
+    for n in (100, 200_000):
+        (tmp_path / "data.txt").write_text("ACGT\n" * (n // 5))
+        args, _ = train.read_flags([f"--data={tmp_path / 'data.txt'}", f"--out={tmp_path / 'x'}",
+                                    f"--reward={tmp_path / 'own.py'}:f"])
+        assert (args.task, args.algo, args.lr, args.replay) == ("own", "sepo", 3e-4, 7)
+        found.append((args.n_layer, args.n_embd, args.pretrain_iters))
+    assert found == [(2, 64, 1000), (4, 128, 6000)]
+
+# -----------------------------------------------------------------------------
+# what the user is told
+
+
+def test_the_start_says_which_reward_is_asked_and_how_often(tmp_path, capsys):
+    """Rewards: 4 rollouts of 8, the optimum of the toy, 3 n + 17 n/4 in the report."""
+    def said(name, **changes):
+        args, task = train.read_flags([f"--task={name}", f"--out={tmp_path / 'a'}", *TINY])
+        vars(args).update(changes)
+        task.data, task.held = task.split(1000, 0)
+        train.announce(args, task, "cpu", args.exact)
+        return capsys.readouterr().err, task
+    err, task = said("toy")
+    assert "task toy: 1,000 sequences of 6 letters 'ACGT', such as '" in err
+    assert ("; 0 others held out\nreward: the one built into toy; queries, at most: 32 in "
+            "rollouts, 4,096 for the exact optimum, 145 in the report\n"
+            f"method sepo, beta 0.1; cpu; results in {tmp_path / 'a'}\n") in err
+    for every, evaluations in ((2, 512), (3, 512), (9, 256)):   # the last rollout is evaluated, too
+        err, task = said("arithmetic", eval_every=every)
+        assert (f"queries, at most: 2,048 in rollouts, {evaluations} in evaluations, 145 in the "
+                "report\n") in err
+    assert f"{len(task.data)} sequences of 9 letters '0123456789+=', such as " in err
+    assert f"; {len(task.held)} others held out" in err and 20 < len(task.held) < 90
+    (tmp_path / "own.py").write_text("def score(samples): return [len(set(s)) for s in samples]\n")
+    (tmp_path / "data.txt").write_text("\n".join(["AB" * 5, "BA" * 5, "CCCCCAAAAA"] * 10))
+    args = [f"--data={tmp_path / 'data.txt'}", f"--reward={tmp_path / 'own.py'}:score", *TINY[:-1]]
+    train.main([*args, f"--out={tmp_path / 'b'}", "--group=80"])
+    err = capsys.readouterr().err
+    assert "own.py:score; queries, at most: 320 in rollouts, 29 in the report\n" in err
+    paid = queried(tmp_path / "b", "stage")
+    assert 0 < sum(line["stage"].startswith("report") for line in paid) <= 29
+
+
+def test_equal_rewards_are_noticed(tmp_path, monkeypatch, capsys):
+    set_two(monkeypatch, lambda samples: [0] * len(samples))
+    run(tmp_path)
+    assert ("warning: the rewards of the first rollout: 100% are equal: a finer reward would tell "
+            "more\n") in capsys.readouterr().err
+
+
+def flags(**changes):
+    return train.Flags(**{**dict(out=Path("nowhere")), **changes})
+
+
+@pytest.mark.parametrize("algo, share, is_told", [
+    ("sepo", 0.75, False), ("sepo", 0.85, True), ("wdce", 0.85, False), ("wdce", 1, True)])
+def test_rewards_far_from_the_data_are_noticed(algo, share, is_told, capsys):
+    reward = (torch.arange(100) >= 100 * share).double()
+    train.advise(flags(algo=algo), TASKS["toy"](), reward)
+    err = capsys.readouterr().err
+    assert ("are equal: a finer reward would tell more" in err) == is_told
+    assert ("--algo=wdce learns from the best so far" in err) == (algo == "sepo" and is_told)
+    train.advise(flags(algo=algo), TASKS["arithmetic"](), reward)
+    assert "wdce" not in capsys.readouterr().err                # it is not for prompts
+
+
+@pytest.mark.parametrize("beta, is_told", [(0.04, True), (0.06, False), (4, False), (6, True)])
+def test_a_beta_that_cannot_work_is_noticed(beta, is_told, capsys):
+    """The rewards 0 and 10 deviate by 5 from their mean: beta is to be between a hundredth of it
+    and all of it; better between a quarter and a half."""
+    train.advise(flags(beta=beta), TASKS["toy"](), torch.tensor([0.0, 10.0]).double())
+    err = capsys.readouterr().err
+    assert (f"they spread by 5, and one nat of KL costs --beta={beta:g}: --beta=1.2 to 2.5 may do "
+            "better, with --init=nowhere/pretrained.pt --known=nowhere/rewards.jsonl, another "
+            "--out\n" in err) == is_told
+    train.advise(flags(beta=beta), TASKS["toy"](), torch.zeros(0).double())     # all failed
+    assert not capsys.readouterr().err
+
+
+def test_the_advice_can_be_taken(tmp_path, monkeypatch, capsys):
+    """One sequence of the first rollout earns something."""
+    seen = []
+
+    def reward(samples):
+        seen.extend(samples)
+        return [float(len(seen) > 5 and sample == seen[5]) for sample in samples]
+    set_two(monkeypatch, reward, "ACGT", 8, exact=False)
+    run(tmp_path / "a")
+    advice, = re.findall(r"warning: .*; (--algo=wdce) .*, with (--init=\S+) (--known=\S+), another",
+                         capsys.readouterr().err)
+    run(tmp_path / "b", *advice, "--min_ess=1", "--beta=0.001")
+    assert same(weights(tmp_path / "b", "pretrained"), weights(tmp_path / "a", "pretrained"))
+    known = {line["sample"] for line in map(json.loads, open(tmp_path / "a" / "rewards.jsonl"))}
+    assert known.isdisjoint(line["sample"] for line in queried(tmp_path / "b"))
+    assert not any(line["phase"] == "pretrain" for line in lines(tmp_path / "b"))
+
+
+def test_measure_is_tried_before_anything_is_paid_or_written(tmp_path):
+    (tmp_path / "own.py").write_text("def score(samples): return [1.0] * len(samples)\n"
+                                     "def measure(samples): return {'x': 1 / 0}\n")
+    with pytest.raises(ZeroDivisionError):
+        run(tmp_path / "out", f"--reward={tmp_path / 'own.py'}:score", task="toy")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_reward_that_raises_shows_its_own_traceback_and_leaves_nothing_behind(tmp_path):
+    (tmp_path / "own.py").write_text("def score(samples):\n"
+                                     "    raise ValueError('the lab is shut')\n")
+    with pytest.raises(RuntimeError) as stop:
+        run(tmp_path / "out", f"--reward={tmp_path / 'own.py'}:score", task="toy")
+    shown = "".join(traceback.format_exception(stop.value))
+    assert "own.py\", line 2, in score" in shown and "ValueError: the lab is shut" in shown
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unwritable_folder_is_a_line(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    fails(train.main, [f"--out={tmp_path / 'file' / 'run'}", *TINY], "Not a directory", capsys)
+
+
+def test_a_run_folder_stands_by_itself(tmp_path, capsys):
+    """Alphabet, pad and length are in the checkpoint; without data and reward: no scores."""
+    (tmp_path / "own.py").write_text("def score(s): return [len(x) for x in s]\n")
+    (tmp_path / "data.txt").write_text("\n".join(["MKV", "MKVLA", "LLA"] * 5))
+    train.main([f"--out={tmp_path / 'out'}", *TINY, f"--data={tmp_path / 'data.txt'}",
+                f"--reward={tmp_path / 'own.py'}:score"])
+    (tmp_path / "data.txt").write_text("MKVLAA\nLLA\n" * 5)     # the same letters, another length
+    capsys.readouterr()
+    sample.main([f"--run={tmp_path / 'out'}", "--n=2"])
+    err = capsys.readouterr().err
+    assert re.search("data.* has other letters or another length than when", err)
+    for gone in ("own.py", "data.txt"):
+        (tmp_path / gone).unlink()
+    sample.main([f"--run={tmp_path / 'out'}", "--n=30"])
+    out, err = capsys.readouterr()
+    assert "no scores (nan): --data=" in err and len(out.splitlines()) == 30
+    assert set("".join(line.split()[-1] for line in out.splitlines())) <= set("MKVLA")
+
+# -----------------------------------------------------------------------------
+# the report
+
+
+def test_the_measures_of_diversity_by_hand():
+    """Three samples: pairs differ in 2, 1 and 1 of 2 positions."""
+    task = TASKS["toy"](2)
+    assert sample.diversity(task, ["AA", "CA", "AG"]) == pytest.approx(
+        dict(distinct=1, hamming=(2 + 1 + 1) / 3 / 2))
+    assert sample.diversity(task, ["AA", "AA"]) == dict(distinct=0.5, hamming=0)
+
+
+def test_the_report_says_what_it_asks_and_notes_an_exploited_reward(tmp_path, monkeypatch, capsys):
+    """Its numbers: the KL of the samples' paths, 0 before and a lot after; and of each group of 16
+    the best (of 16 samples with 3 letters of two it has 2.9 of 3 points, for a fair coin)."""
+    asked = []
+    set_two(monkeypatch, lambda samples: asked.extend(samples) or share_of("1")(samples),
+            exact=False)
+    run(tmp_path, "--iters=30", "--updates=8", "--lr=0.03", "--beta=0", "--group=16")
+    printed = capsys.readouterr().out
+    assert "the report made 0 more queries" in printed and len(asked) == len(set(asked)) == 8
+    assert "much more alike" in printed and "a reward that forbids it" in printed
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["pre-trained"]["kl"] == pytest.approx(0, abs=1e-4)
+    assert 1 < report["fine-tuned"]["kl"] < 5 and report["fine-tuned"]["reward"] > 0.9
+    assert report["best of 16"]["reward"] > 0.85 > 0.75 > report["pre-trained"]["reward"]
+
+
+def test_the_report_counts_pads_inside_of_samples(tmp_path, monkeypatch):
+    """The reward sees no pad, so it would not notice them: the data has them at the end alone."""
+    (tmp_path / "own.py").write_text("def score(s): return [len(x) for x in s]\n")
+    (tmp_path / "data.txt").write_text("\n".join(["MKV", "MKVLA", "LLA"] * 10))
+    drawn = captured(monkeypatch, Absorbing, "sample")
+    out = tmp_path / "out"
+    train.main([f"--out={out}", *TINY, f"--data={tmp_path / 'data.txt'}",
+                f"--reward={tmp_path / 'own.py'}:score"])
+    report = json.loads((out / "report.json").read_text())
+    alphabet, pad = (saved_as(out, "finetuned")[name] for name in ("alphabet", "pad"))
+    assert report["data"]["inner pads"] == 0 and alphabet[-1] == pad
+    for name, (*_, (tokens, _)) in zip(("pre-trained", "fine-tuned"), drawn[-3:]):
+        is_pad = tokens == alphabet.index(pad)
+        is_inner = (is_pad[:, :-1] & ~is_pad[:, 1:]).any(dim=1)
+        assert report[name]["inner pads"] == is_inner.double().mean().item() > 0
+
+# -----------------------------------------------------------------------------
+# sample.py
+
+
+def test_samples_as_text_fasta_and_json(toy, capsys):
+    arguments = [f"--run={toy}", "--n=5", "--seed=3"]
+    sample.main(arguments)
+    out, err = capsys.readouterr()
+    rows = [line.split() for line in out.splitlines()]
+    assert len(rows) == 5 and "5 samples" in err and "mean reward" in err
+    for reward, string in rows:
+        assert float(reward) == pytest.approx(TASKS["toy"]().reward([string])[0], abs=1e-4)
+    sample.main([*arguments, "--format=fasta"])
+    fasta = capsys.readouterr().out.splitlines()
+    assert [line for line in fasta if line[0] != ">"] == [string for _, string in rows]
+    sample.main([*arguments, "--format=jsonl"])
+    objects = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [item["sample"] for item in objects] == [string for _, string in rows]
+
+
+def test_a_low_temperature_draws_the_likeliest_letter_and_edits_no_weights(toy, tmp_path, capsys,
+                                                                           monkeypatch):
+    """A head that gives A an advantage of half a nat: exp(50) to 1 at temperature 0.01."""
+    out = tmp_path / "run"
+    shutil.copytree(toy, out)
+    saved = saved_as(out, "finetuned")
+    saved["model"]["head.weight"].zero_()
+    saved["model"]["head.bias"] = torch.tensor([0.5, 0.0, 0.0, 0.0])
+    torch.save(saved, out / "finetuned.pt")
+    loaded, drawn = captured(monkeypatch, sample, "load_model"), {}
+    for temperature in (0.01, 1):
+        sample.main([f"--run={out}", "--n=20", f"--temperature={temperature}"])
+        drawn[temperature] = {string for _, string in printed_rows(capsys)}
+    assert drawn[0.01] == {"AAAAAA"} and len(drawn[1]) > 10
+    for *_, (model, _) in loaded:
+        assert same(model.state_dict(), saved["model"])
+
+
+def test_the_best_that_was_ever_asked(toy, capsys):
+    """In rollouts: without what was asked before the run, or for the report."""
+    found = {line["sample"]: line["reward"] for line in queried(toy)}
+    sample.main([f"--run={toy}", "--best=5"])
+    rows = printed_rows(capsys)
+    assert len({string for _, string in rows}) == 5
+    assert [float(reward) for reward, _ in rows] == pytest.approx(
+        sorted(found.values(), reverse=True)[:5], abs=1e-4)
+    assert all(found[string] == pytest.approx(float(reward), abs=1e-4) for reward, string in rows)
+    sample.main([f"--run={toy}", "--best=3", "--format=fasta"])
+    assert capsys.readouterr().out.count(">sample_") == 3
+
+
+def test_prompts_comparison_movie_and_histogram(toy, tmp_path, capsys):
+    gif, png = tmp_path / "a.gif", tmp_path / "a.png"
+    sample.main([f"--run={toy}", "--n=3", "--prompt=TC____", "--compare", f"--movie={gif}",
+                 f"--plot={png}", "--steps=4"])
+    out = capsys.readouterr().out.splitlines()
+    assert "pretrained" in out[0] and "finetuned" in out[0] and len(out) == 4
+    assert all(column[:2] == "TC" for line in out[1:] for column in line.split()[1::2])
+    assert gif.read_bytes()[:4] == b"GIF8" and png.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_uniform_run_is_sampled_and_filmed(tmp_path, capsys):
+    run(tmp_path, "--process=uniform", "--steps=5")
+    capsys.readouterr()
+    sample.main([f"--run={tmp_path}", "--n=2", f"--movie={tmp_path / 'a.gif'}"])
+    assert len(printed_rows(capsys)) == 2 and (tmp_path / "a.gif").read_bytes()[:4] == b"GIF8"
+
+
+@pytest.mark.parametrize("text, message", [
+    ("AC___", "--prompt=AC___: no position is free; [?] is a free position"),
+    ("AC_??", "the pad _ can only stand at the end; [?] is a free position"),
+    ("AC-??", "'-' at position 3 of 'AC-[?][?]' is not in 'ACGT_[?]'; [?] is a free position"),
+    ("AC???", None), ("AC??_", None)])
+def test_the_blank_of_a_prompt_is_neither_letter_nor_pad(text, message):
+    task = TASKS["toy"](5)
+    task.alphabet, task.pad = "ACGT_", "_"
+    if message:
+        with pytest.raises(BadInput, match=message):
+            sample.read_prompts(task, text, None, 1)
+    else:
+        x = sample.read_prompts(task, text, None, 1)
+        assert x.tolist() == [[0, 1, 5, 5, 5 if text[-1] == "?" else 4]]
+
+
+@pytest.mark.parametrize("args, message", [
+    (["--run=nowhere"], "nowhere/finetuned.pt is missing"),
+    (["--n=0"], "--n must be at least 1"), (["--n=x"], "argument --n: invalid int value: 'x'"),
+    (["--temperature=0"], "--temperature above 0"), (["--which=best"], "invalid choice: 'best'"),
+    (["--movie=a.xyz"], "--movie needs a name with .gif"),
+    (["--plot=a.x"], "--plot needs a name with .png"),
+    (["--prompt=TC"], "--prompt=TC: 'TC' has 2 letters, the task 6; _ is a free position"),
+    (["--prompt=TCTCTC"], "--prompt=TCTCTC: no position is free; _ is a free position"),
+    (["--best=2", "--run=nowhere"], "nowhere/rewards.jsonl holds no rollout: is nowhere the"),
+    (["--best=2", "--movie=a.gif"], "--best shows what was queried: it has no --compare, --prompt"),
+    (["--prompt=TCX___"], "'X' at position 3 of 'TCX___' is not in 'ACGT_'; _ is a free position"),
+    (["--compare", "--format=fasta"], "--compare prints a table")])
+def test_bad_input_of_sample_gets_a_line(args, message, toy, capsys):
+    fails(sample.main, [f"--run={toy}", *args], message, capsys)
+
+
+def write_into(pipe, argv):
+    with open(pipe, "w") as file:
+        os.dup2(file.fileno(), 1)
+    sample.main(argv)
+
+
+def test_a_closed_pipe_is_no_error(toy, tmp_path):
+    """As with `| head -1`."""
+    os.mkfifo(tmp_path / "pipe")
+    process, = launch(tmp_path, write_into, tmp_path / "pipe", [f"--run={toy}", "--n=20000"])
+    with open(tmp_path / "pipe") as pipe:
+        assert len(pipe.readline().split()) == 2
+    process.join(120)
+    printed = (tmp_path / "printed").read_text()
+    assert process.exitcode == 0 and "Traceback" not in printed and "20000 samples" in printed
