@@ -37,6 +37,7 @@ TINY = ["--pretrain_iters=6", "--pretrain_batch=32", "--iters=4", "--group=8", "
 @pytest.fixture(autouse=True)
 def two(monkeypatch):
     """--task=two, and no curve.png: to draw it takes longer than a tiny run."""
+    serve()
     set_two(monkeypatch)
     monkeypatch.setattr(sample, "plot_curve", lambda args: None)
 
@@ -144,11 +145,16 @@ FORK = multiprocessing.get_context("forkserver")
 FORK.set_forkserver_preload(["helpers", "torch._dynamo", "torch._inductor"])  # for optimizers
 
 
+def serve():
+    """Start the server, which then imports torch beside the first tests."""
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):
+        forkserver.ensure_running()
+
+
 def launch(folder, function, *args, n=1):
     """Start function(*args) in n processes that know of each other -> them. What they print goes to
     folder/printed."""
-    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):
-        forkserver.ensure_running()
+    serve()
     with socket.socket() as s:                          # to find a port that is free
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]

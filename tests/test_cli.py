@@ -418,9 +418,9 @@ def write_into(pipe, argv):
 def test_a_closed_pipe_is_no_error(toy, tmp_path):
     """As with `| head -1`."""
     os.mkfifo(tmp_path / "pipe")
-    process, = launch(tmp_path, write_into, tmp_path / "pipe", [f"--run={toy}", "--n=20000"])
+    process, = launch(tmp_path, write_into, tmp_path / "pipe", [f"--run={toy}", "--n=8000"])
     with open(tmp_path / "pipe") as pipe:
         assert len(pipe.readline().split()) == 2
     process.join(120)
     printed = (tmp_path / "printed").read_text()
-    assert process.exitcode == 0 and "Traceback" not in printed and "20000 samples" in printed
+    assert process.exitcode == 0 and "Traceback" not in printed and "8000 samples" in printed

@@ -91,17 +91,18 @@ def test_config_holds_the_flags_of_the_run(tmp_path):
     ["--steps=2", "--advantage=grpo"], ["--group=1", "--advantage=running"],
     ["--beta=0", "--path_events=3"], ["--dropout=0.1"],
     pytest.param(["--dtype=bfloat16"], marks=pytest.mark.skipif(not has_bfloat16(), reason="none")),
-    ["--corrector_steps=2"], ["--clip_mode=cap", "--micro_batch=3"],
-    ["--algo=loop", "--micro_batch=5"], ["--algo=loop", "--path_events=2", "--process=uniform"],
+    ["--corrector_steps=2"], ["--clip_mode=cap", "--micro_batch=7"],
+    ["--algo=loop", "--micro_batch=9"], ["--algo=loop", "--path_events=2", "--process=uniform"],
     ["--algo=prdp", "--group=4", "--prompts=2"], ["--algo=prdp", "--process=uniform"],
-    ["--algo=prdp", "--micro_batch=3"], ["--algo=published"], ["--algo=reinforce", "--conv=3"],
+    ["--algo=prdp", "--micro_batch=7"], ["--algo=published"], ["--algo=reinforce", "--conv=3"],
     ["--replay=2", "--path_events=0"], ["--replay=2", "--process=uniform"],
     ["--replay=1", "--algo=prdp"], ["--replay=1", "--algo=loop", "--explore=0.5"],
     ["--replay=1", "--algo=published"], ["--algo=wdce"], ["--algo=wdce", "--explore=0"],
     ["--process=uniform", "--explore=0.5", "--keep=1"],
     ["--process=uniform", "--corrector_steps=3", "--corrector_t=0.3", "--path_events=2"]])
 def test_every_choice_runs(extra, tmp_path):
-    assert run(tmp_path, *extra)[-1]["share_of_optimum"] <= 1 + 1e-4
+    metrics = run(tmp_path, "--pretrain_iters=2", "--iters=2", *extra)
+    assert metrics[-1]["share_of_optimum"] <= 1 + 1e-4
 
 
 @pytest.mark.parametrize("letters, L", [("01", 1), ("A", 2)])
@@ -113,9 +114,9 @@ def test_the_smallest_spaces(letters, L, process, tmp_path, monkeypatch):
 
 def test_learning_on_the_toy_reaches_most_of_the_optimum_in_few_rollouts(tmp_path):
     """What an update with a wrong sign or scale cannot do."""
-    metrics = run(tmp_path, "--pretrain_iters=150", "--iters=20", "--group=64", "--updates=16",
-                  "--n_embd=32", "--data_size=5000", "--eval_every=20", task="toy")
-    assert metrics[-1]["share_of_optimum"] > 0.6        # five seeds: 0.72 to 0.83
+    metrics = run(tmp_path, "--pretrain_iters=150", "--iters=20", "--group=64", "--updates=10",
+                  "--lr=0.003", "--n_embd=32", "--data_size=5000", "--eval_every=20", task="toy")
+    assert metrics[-1]["share_of_optimum"] > 0.6        # five seeds: 0.73 to 0.86
 
 
 def test_a_constant_reward_moves_nothing_but_by_the_kl(tmp_path, monkeypatch):
@@ -386,7 +387,7 @@ def test_known_rows_are_grouped_by_their_prompts():
 
 
 @pytest.mark.parametrize("extra", [
-    [], ["--algo=loop"], ["--algo=loop", "--path_events=2"], ["--algo=prdp"], ["--micro_batch=3"],
+    [], ["--algo=loop"], ["--algo=loop", "--path_events=2"], ["--algo=prdp"], ["--micro_batch=7"],
     ["--algo=reinforce"], ["--replay=2", "--path_events=0"]])
 def test_no_update_waits_for_the_device(extra, monkeypatch, tmp_path):
     """Whatever reads a tensor's value on the host is forbidden while a method and its steps run."""
@@ -418,7 +419,7 @@ def test_compiled_blocks_compute_the_same_in_every_copy(monkeypatch):
                         lambda self, **kwargs: real(self, backend=backend, **kwargs))
     plain, args = network(4, 8, n_layer=1), Namespace(compile=True)
     fast = train.compiled(args, deepcopy(plain))
-    for B, k in ((5, 2), (3, 7), (2, 2)):
+    for B, k in ((5, 2), (3, 7)):
         x, positions = torch.randint(5, (B, 8)), torch.randint(8, (B, k))
         assert torch.allclose(fast(x), plain(x), atol=1e-5)
         ours, theirs = (m.logits_at(x, None, positions) for m in (fast, plain))
