@@ -521,9 +521,10 @@ def open_folder(args, task):
     if MASTER:
         args.out.mkdir(parents=True, exist_ok=True)
         if file.exists():                               # of an overwritten run: it was paid for
-            file.rename(args.out / f"rewards-{time.time():.0f}.jsonl")
-        for old in [*args.out.glob("*.pt"), *args.out.glob("report.json")]:
-            old.unlink()
+            file.rename(args.out / f"rewards-{time.time_ns()}.jsonl")
+        for name in ("config.json", "last.pt", "pretrained.pt", "finetuned.pt", "report.json",
+                     "curve.png"):
+            (args.out / name).unlink(missing_ok=True)
         (args.out / "metrics.jsonl").write_text("")
     gather(None)                                        # the others wait
     log = RewardLog(file, args.on_error, MASTER)
@@ -652,10 +653,14 @@ def check(parser, args, task):
            "--device=cuda: torch sees no CUDA device; use --device=cpu")
     refuse(min(args.prompts, args.group, args.updates, args.eval_every, args.keep) < 1,
            "--prompts, --group, --updates, --eval_every and --keep must be at least 1")
-    refuse(not (0 <= args.beta < math.inf and 0 <= args.lr < math.inf
-                and math.isfinite(args.on_error or 0)),
-           "--beta and --lr must be at least 0, and --on_error a finite number")
-    refuse(not 0 < args.corrector_t < 1, "--corrector_t must lie in (0, 1)")
+    numbers = (args.beta, args.lr, args.clip, args.min_ess, args.explore, args.dropout, args.steps,
+               args.replay, args.micro_batch)
+    refuse(not all(number >= 0 for number in numbers) or math.inf in (args.beta, args.lr),
+           "--beta and --lr must be at least 0, as --clip, --min_ess, --explore, --dropout, "
+           "--steps, --replay and --micro_batch")
+    refuse(args.explore > 1 or args.dropout >= 1 or not 0 < args.corrector_t < 1
+           or not math.isfinite(args.on_error or 0), "--explore must be at most 1, --dropout below "
+           "1, --corrector_t between 0 and 1, and --on_error a finite number")
     refuse(args.prompts % WORLD_SIZE or args.pretrain_batch % WORLD_SIZE,
            f"--prompts and --pretrain_batch must be multiples of {WORLD_SIZE}")
     refuse(args.n_embd % args.n_head or args.n_embd % 2,
@@ -665,6 +670,7 @@ def check(parser, args, task):
     refuse(args.advantage == "running" and args.replay,
            "--advantage=running is for new rollouts alone: add --replay=0")
     is_wdce, is_absorb = args.algo == "wdce", args.process == "absorb"
+    refuse(args.algo == "prdp" and args.group == 1, "--algo=prdp needs --group above 1")
     refuse((args.algo == "prdp" or is_wdce or args.explore) and not args.beta,
            "prdp, wdce and --explore need --beta above 0")
     refuse((is_wdce or args.explore) and task.has_prompts,
