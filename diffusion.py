@@ -9,7 +9,7 @@ absorbing chain (masks); the uniform chain (random letters); exact distributions
 The two chains define the same methods in the same order.
 """
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -76,7 +76,7 @@ class Path:
 
     def __getitem__(self, index):
         """Some transitions, their weights as they are; index: a slice or a tensor [m] or [n]."""
-        values = (getattr(self, field.name) for field in fields(self))
+        values = vars(self).values()
         return Path(*(v[index] if isinstance(v, Tensor) else v for v in values))
 
     def subset(self, transitions):
