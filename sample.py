@@ -58,8 +58,8 @@ FORMATS = {                             # of sample i and its reward, which may 
 # the command line
 
 def parser_of(flags, description, epilog=""):
-    """A parser of a dataclass of flags: its types and defaults, with the comments as help. What was
-    not typed is left out of its result."""
+    """A parser of a dataclass of flags: its types, with the comments as help, beside the defaults.
+    What was not typed is left out of its result."""
     parser = argparse.ArgumentParser(usage="%(prog)s [--flag=value ...]", description=description,
                                      epilog=epilog, allow_abbrev=False,
                                      argument_default=argparse.SUPPRESS,
@@ -70,15 +70,17 @@ def parser_of(flags, description, epilog=""):
             group = parser.add_argument_group(heading[1])
         elif more := re.fullmatch(r" {8,}# (.+)", line):
             flag.help += " " + more[1]
-        elif field := re.fullmatch(r" {4}(\w+): .+? = (\S+) +# (.+)", line):
-            name, default, text = field.groups()
+        elif field := re.fullmatch(r" {4}(\w+): .+? = \S+ +# (.+)", line):
+            name, text = field.groups()
             kind, *others = get_args(kinds[name]) or [kinds[name]]
+            default = getattr(flags, name)
             if kind is bool:
                 options = dict(action="store_true")
             elif isinstance(kind, str):
                 options = dict(choices=[kind, *others])
+                text = f"[{default}] {text}"
             else:
-                options = dict(type=kind, metavar=default)
+                options = dict(type=kind, metavar=name.upper() if default in ("", None) else default)
             flag = group.add_argument(f"--{name}", help=text, **options)
     return parser
 
