@@ -80,7 +80,8 @@ def parser_of(flags, description, epilog=""):
                 options = dict(choices=[kind, *others])
                 text = f"[{default}] {text}"
             else:
-                options = dict(type=kind, metavar=name.upper() if default in ("", None) else default)
+                shown = name.upper() if default in ("", None) else default
+                options = dict(type=kind, metavar=shown)
             flag = group.add_argument(f"--{name}", help=text, **options)
     return parser
 
