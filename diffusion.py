@@ -47,6 +47,7 @@ def stratified(n, device=None):
 
 
 def none_given(x):
+    """No position of x [B, L] belongs to a prompt -> bool [B, L]."""
     return torch.zeros_like(x, dtype=torch.bool)
 
 # -----------------------------------------------------------------------------

@@ -236,9 +236,8 @@ class RewardLog:
         iter or stage of their lines. Raises BadInput; good answers are kept even then."""
         new = [sample for sample in dict.fromkeys(samples) if sample not in self.reward_of]
         values, problem = ask(reward, new, catch=self.on_error is not None) if new else ([], "")
-        answers = dict(zip(new, values))
-        failed = [sample for sample, value in answers.items() if math.isnan(value)]
-        self.add({sample: answers[sample] for sample in new if sample not in failed}, **where)
+        self.add({s: value for s, value in zip(new, values) if not math.isnan(value)}, **where)
+        failed = [sample for sample in new if sample not in self.reward_of]
         if failed and self.on_error is None:
             raise BadInput(f"{problem}: a finite number is needed; --on_error=VALUE is the reward "
                            "of such samples")
@@ -266,8 +265,8 @@ def read_known(task, file):
     except (OSError, ValueError) as error:
         raise BadInput(f"--known={file} cannot be read: {error}") from None
     if text.startswith("{"):
-        log = RewardLog(Path(file), is_writer=False)
-        rows = [line for line in log.lines if line["sample"] not in log.failed]
+        lines = RewardLog(Path(file), is_writer=False).lines
+        rows = [line for line in lines if not line.get("failed")]
     else:
         delimiter = "\t" if "\t" in text.partition("\n")[0] else ","
         rows = csv.DictReader(text.splitlines(), delimiter=delimiter, skipinitialspace=True)

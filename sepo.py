@@ -36,7 +36,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from diffusion import device_of, every_sequence, gumbel_argmax, pick
+from diffusion import device_of, every_sequence, gumbel_argmax, none_given, pick
 
 # -----------------------------------------------------------------------------
 # what a sample is worth
@@ -54,7 +54,7 @@ class Rollout:
 
     def to(self, device):
         for name, value in vars(self).items():
-            if name != "iter":
+            if isinstance(value, Tensor):
                 setattr(self, name, value.to(device))
         return self
 
@@ -212,8 +212,7 @@ def wdce_loss(process, model, tokens, weights):
     As far as their abstracts tell, TR2-D2 fills the buffer by tree search, MDNS with samples of the
     policy, and DMPO (2510.08233) subtracts a baseline from the weights; here the buffer is all that
     was queried, and min_ess tempers the weights."""
-    none_given = torch.zeros_like(tokens, dtype=torch.bool)
-    return (weights * process.losses(model, tokens, none_given)).sum()
+    return (weights * process.losses(model, tokens, none_given(tokens))).sum()
 
 
 def distinct(rollouts):

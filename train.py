@@ -9,7 +9,6 @@ A run writes to out/<task>: config.json, metrics.jsonl, curve.png, report.json, 
 finetuned.pt, rewards.jsonl, which keeps every reward that was queried, and last.pt, the checkpoint
 that --resume continues from.
 """
-import argparse
 import json
 import math
 import os
@@ -378,7 +377,8 @@ def announce(args, task, device, is_exact):
     evaluations = task.has_prompts * 256 * math.ceil(args.iters / args.eval_every)
     optimum = is_exact * task.vocab_size ** task.length
     queries = {"in rollouts": rollouts, "in evaluations": evaluations,
-               "for the exact optimum": optimum, "in the report": 3 * n + 17 * (n // 4)}
+               "for the exact optimum": optimum,
+               "in the report": n and 3 * n + 17 * max(1, n // 4)}
     cost = ", ".join(f"{count:,} {where}" for where, count in queries.items() if count)
     reward = os.path.relpath(args.reward) if args.reward else f"the one built into {args.task}"
     example, = task.strings(task.data[:1])

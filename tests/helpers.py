@@ -71,6 +71,16 @@ def run(out, *args, task="two"):
     return lines(out)
 
 
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    """A finished run -> its folder; what changes it works on a copy."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sample, "plot_curve", lambda args: None)
+        out = tmp_path_factory.mktemp("toy") / "run"
+        run(out, task="toy")
+    return out
+
+
 def resume(out, *args):
     train.main([f"--out={out}", "--resume", *args])
     return lines(out)

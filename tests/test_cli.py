@@ -18,18 +18,8 @@ import train
 from diffusion import Absorbing
 from helpers import (TINY, captured, fails, launch, lines, queried, run, same, saved_as, set_two,
                      share_of, weights)
-from helpers import two  # noqa: F401  (a fixture of every test)
+from helpers import toy, two  # noqa: F401  (fixtures)
 from rewards import TASKS, BadInput
-
-
-@pytest.fixture(scope="module")
-def toy(tmp_path_factory):
-    """A finished run -> its folder."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sample, "plot_curve", lambda args: None)
-        out = tmp_path_factory.mktemp("toy") / "run"
-        run(out, task="toy")
-    return out
 
 
 def printed_rows(capsys):

@@ -21,7 +21,7 @@ from exact import network
 from helpers import (ROOT, TINY, asked, fails, finished, killed, launch, lines, noting_reward,
                      queried, quick_main, resume, rollouts, run, same, same_runs, saved_as, set_two,
                      share_of, torchrun, weights)
-from helpers import two  # noqa: F401  (a fixture of every test)
+from helpers import toy, two  # noqa: F401  (fixtures)
 
 # -----------------------------------------------------------------------------
 # kills
@@ -167,16 +167,6 @@ def test_a_learning_rate_that_blows_up_ends_in_one_line_and_keeps_good_weights(t
     fails(train.main, args, "is not finite: try a smaller learning rate", capsys)
     assert all(p.isfinite().all() for p in weights(tmp_path, "last").values())
     assert not (tmp_path / "finetuned.pt").exists()
-
-
-@pytest.fixture(scope="module")
-def toy(tmp_path_factory):
-    """A finished run -> its folder; tests work on copies of it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sample, "plot_curve", lambda args: None)
-        out = tmp_path_factory.mktemp("toy") / "run"
-        run(out, task="toy")
-    return out
 
 
 def test_a_damaged_checkpoint_and_one_with_code_are_refused(toy, tmp_path, capsys):

@@ -475,6 +475,16 @@ def a_round(L=4, V=3, steps=2):
     return process, model, reference, rollout, path, [rollout]
 
 
+def drawn_or_remembered(process, model, reference, rollout, path, is_new):
+    """The rollout's own path, or a new one to its samples; the old logp and log-ratios there."""
+    old = path.logp
+    if not is_new:
+        path = process.path_to(rollout.tokens)
+        old = process.logp(model, path).detach()
+    log_ratio = path.per_sequence(old - process.logp(reference, path)).detach()
+    return path, old, log_ratio.view(2, 6)
+
+
 @pytest.mark.parametrize("algo, loss_of", [
     ("sepo", sepo.sepo_loss), ("loop", sepo.loop_loss), ("reinforce", sepo.loop_loss),
     ("cap", partial(sepo.sepo_loss, clip_mode="cap"))])
@@ -483,11 +493,7 @@ def test_one_pass_of_the_model_serves_the_loss_and_the_log_ratio(algo, loss_of, 
     """Of a new path, and of one without logp: that is the current model's, and the reference is
     asked. Beside it all is computed step by step, also for a second update."""
     process, model, reference, rollout, path, past = a_round()
-    old = path.logp
-    if not is_new:
-        path = process.path_to(rollout.tokens)
-        old = process.logp(model, path).detach()
-    log_ratio = path.per_sequence(old - process.logp(reference, path)).detach().view(2, 6)
+    path, old, log_ratio = drawn_or_remembered(process, model, reference, rollout, path, is_new)
     A = sepo.advantages(rollout.reward - 0.3 * log_ratio, "loo").flatten()
     mode = "cap" if algo == "cap" else "stop"
     args = flags(algo="sepo" if mode == "cap" else algo, clip_mode=mode, updates=2, clip=0.01)
@@ -581,11 +587,7 @@ def test_chunks_add_up_to_the_whole_update(chain, events):
 @pytest.mark.parametrize("is_new", [True, False])
 def test_prdp_runs_on_whole_paths(is_new):
     process, model, reference, rollout, path, past = a_round()
-    old = path.logp
-    if not is_new:
-        path = process.path_to(rollout.tokens)
-        old = process.logp(model, path).detach()
-    log_ratio = path.per_sequence(old - process.logp(reference, path)).detach().view(2, 6)
+    path, old, log_ratio = drawn_or_remembered(process, model, reference, rollout, path, is_new)
     calls, args = spied(process), flags(updates=2, path_events=1, clip=0.01)
     for update, (loss, clip_fraction) in enumerate(sepo.METHODS["prdp"](
             args, process, model, reference, rollout, path, past)):
