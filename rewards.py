@@ -258,8 +258,8 @@ class RewardLog:
 
 
 def read_known(task, file):
-    """--known=FILE: a rewards.jsonl, or CSV or TSV with columns `sample` and `reward` -> tokens
-    [n, L], rewards float64 [n]. BadInput, with file and row, for what is wrong."""
+    """--known=FILE: a rewards.jsonl, or CSV or TSV with columns `sample` and `reward` -> distinct
+    tokens [n, L], mean rewards float64 [n]. BadInput, with file and row, for what is wrong."""
     try:
         text = Path(file).read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
@@ -270,21 +270,26 @@ def read_known(task, file):
     else:
         delimiter = "\t" if "\t" in text.partition("\n")[0] else ","
         rows = csv.DictReader(text.splitlines(), delimiter=delimiter, skipinitialspace=True)
-    tokens, rewards = [], []
+    found = {}                                          # a sample may have several rewards
     for i, row in enumerate(rows, 1):
         try:
-            tokens.append(task.encode([str(row["sample"])]))
-            rewards.append(float(row["reward"]))
-            if not math.isfinite(rewards[-1]):
-                raise BadInput(f"the reward is {rewards[-1]}")
+            sample, = task.encode([str(row["sample"])]).tolist()
+            reward = float(row["reward"])
+            if not math.isfinite(reward):
+                raise BadInput(f"the reward is {reward}")
+            found.setdefault(tuple(sample), []).append(reward)
         except KeyError as error:
             raise BadInput(f"--known={file}: columns sample and reward are needed, there is no "
                            f"{error}") from None
         except (TypeError, ValueError) as error:
             raise BadInput(f"--known={file}, row {i}: {error}") from None
-    if not rewards:
+    if not found:
         raise BadInput(f"--known={file} has no row")
-    return torch.cat(tokens), torch.tensor(rewards, dtype=torch.double)
+    if unequal := sum(len(set(rewards)) > 1 for rewards in found.values()):
+        print(f"--known: {unequal:,} samples have several rewards: their mean is taken",
+              file=sys.stderr)
+    rewards = [sum(rewards) / len(rewards) for rewards in found.values()]
+    return torch.tensor(list(found)), torch.tensor(rewards, dtype=torch.double)
 
 # -----------------------------------------------------------------------------
 # held-out data
@@ -334,8 +339,8 @@ class Toy(Task):
     """Short sequences of a Markov chain. What it teaches: the optimum can be known, and reached."""
 
     alphabet, length = "ACGT", 6
-    flags = dict(exact=True, n_layer=2, n_embd=64, iters=80, replay=15, path_events=0, eval_every=8,
-                 report_samples=1000)
+    flags = dict(exact=True, n_layer=2, n_embd=64, pretrain_iters=300, iters=80, replay=15,
+                 path_events=0, denoise=1, eval_every=8, report_samples=1000)
 
     def draw(self, n, generator):
         return markov_chain(TOY_STEP, n, self.length, generator)
@@ -593,8 +598,8 @@ class Own(Task):
     """The sequences of a file: its letters, as long as the longest; short ones are filled up. With
     crop: windows of `length` letters (64), which avoid letters that are not in the alphabet."""
 
-    SMALL = dict(n_layer=2, n_embd=64, dropout=0.1, pretrain_iters=1000, lr=3e-4)
-    LARGE = dict(n_layer=4, conv=7, pretrain_iters=6000, pretrain_batch=64, lr=3e-4)
+    SMALL = dict(n_layer=2, n_embd=64, dropout=0.1, pretrain_iters=500)
+    LARGE = dict(n_layer=4, conv=7, pretrain_iters=2000, pretrain_batch=64)
 
     def __init__(self, file, length=0, alphabet="", pad="", crop=False):
         sequences = read_sequences(file, crop, alphabet)

@@ -31,7 +31,7 @@ from rewards import BadInput, RewardLog, Task, measured, open_task
 class Flags:
     # what to show
     run: Path = Path("out/toy")         # folder of a run of train.py
-    which: Literal["finetuned", "pretrained"] = "finetuned"         # which model
+    which: Literal["finetuned", "best", "pretrained"] = "finetuned"     # which model
     compare: bool = False               # both models, side by side
     best: int = 0                       # in place of new samples: the N best that the run queried
     n: int = 10                         # number of samples

@@ -28,9 +28,14 @@ rollout can be learned from again and again, with the same losses and no importa
 log p_theta/p_ref is a log-ratio at samples that another policy drew: it may be negative, and its
 mean is no KL.
 
-Reading order: what a sample is worth; SEPO, LOOP, PRDP; weighted denoising; the methods, as
-train.py runs them; the exact optimum; SEPO as published.
+Near and far: since any q will do, a remembered group may hold the best samples known beside the
+policy's own, and where the policy is far from p*, weighted denoising fits these samples, too. It is
+biased, so both fade with the `distance` to p*, which is measured on every new rollout.
+
+Reading order: what a sample is worth; SEPO, LOOP, PRDP; weighted denoising; what to learn from,
+near and far; the methods, and how an iteration learns; the exact optimum; SEPO as published.
 """
+import random
 from dataclasses import dataclass, replace
 
 import torch
@@ -59,31 +64,26 @@ class Rollout:
         return self
 
 
-def advantages(returns, kind="loo", scale=None, baseline=None):
+def advantages(returns, kind="loo", scale=None):
     """Returns [P, G] (rewards, minus what the KL costs) -> advantages [P, G].
 
-    grpo     (R - group mean) / scale                               (GRPO, 2402.03300)
-    loo      R - mean of the others in the group                    (LOOP, 2503.00897)
-    running  R - baseline, the `running_mean` of earlier returns    (REINFORCE)
+    loo    R - mean of the others in the group; unbiased            (LOOP, 2503.00897)
+    grpo   (R - group mean) / scale                                 (GRPO, 2402.03300)
 
-    scale: one number, from `reward_scale`; None: that of the returns. baseline None: their mean.
-    loo is unbiased. running is too, but for the first rollout, whose own mean it subtracts. With
-    grpo the scale depends on the same samples, so that small groups point elsewhere: on a space of
-    four sequences the expected gradient has a cosine of 0.877 with the true one for G = 2, and
-    0.997 for G = 6 (tests/test_sepo.py). The only sample of a group gets 0 from grpo and loo, and
-    so do equal returns."""
+    scale: one number, from `reward_scale`; None: that of the returns. It depends on the same
+    samples, so that small groups point elsewhere: on a space of four sequences the expected
+    gradient has a cosine of 0.877 with the true one for G = 2, and 0.997 for G = 6
+    (tests/test_sepo.py). Equal returns get 0, and so does the only sample of a group."""
     returns = returns.double()
     G = returns.size(1)
     centred = returns - returns.mean(dim=1, keepdim=True)
     if kind == "loo":
         centred *= G / max(1, G - 1)
-    elif kind == "running":
-        centred = returns - (returns.mean() if baseline is None else baseline)
     elif kind == "grpo":
         scale = reward_scale(returns) if scale is None else scale
         centred = torch.where(scale > 0, centred / scale, 0.0)
     else:
-        raise ValueError(f"unknown advantage {kind!r}: grpo, loo or running")
+        raise ValueError(f"unknown advantage {kind!r}: loo or grpo")
     return centred.float()
 
 
@@ -99,14 +99,6 @@ def reward_scale(rewards, beta=0.0):
     scale = (rewards.var(dim=1, correction=0).mean() + beta ** 2).sqrt()
     rounding = 1e-14 * rewards.abs().max()              # float64: a smaller deviation is none
     return torch.where(scale > rounding, scale, 0.0)
-
-
-def running_mean(past, iter, beta, decay=0.9):
-    """The mean return of the rollouts before an iteration, weighted by decay^age; None without."""
-    earlier = [old for old in past if 0 < old.iter < iter]
-    weights = [decay ** (iter - old.iter) for old in earlier]
-    means = [(old.reward - beta * old.log_ratio).mean() for old in earlier]
-    return sum(w * m for w, m in zip(weights, means)) / sum(weights) if earlier else None
 
 # -----------------------------------------------------------------------------
 # SEPO, LOOP, REINFORCE, PRDP
@@ -191,8 +183,9 @@ def wdce_weights(rewards, cost, beta, min_ess):
     cost [n]: log q(path)/p_ref(path) of the policy q that drew each of them; -log p_ref for
     distinct samples that count once each. With c = 1 they are self-normalized importance weights of
     p* ~ p_ref exp(R / beta). c is the largest number up to 1 that keeps the effective sample size
-    1 / sum(w^2) at min_ess or above: it flattens p*, and the proposal q, alike."""
+    1 / sum(w^2) at min_ess or above, or at n / 2: it flattens p*, and the proposal q, alike."""
     log_w = rewards / beta - cost
+    min_ess = min(min_ess, len(log_w) / 2)
     low, high, c = 0.0, 1.0, 1.0
     for _ in range(40):                                 # bisection: the size falls as c grows
         if 1 / (c * log_w).softmax(dim=0).square().sum() >= min_ess:
@@ -214,6 +207,18 @@ def wdce_loss(process, model, tokens, weights):
     was queried, and min_ess tempers the weights."""
     return (weights * process.losses(model, tokens, none_given(tokens))).sum()
 
+# -----------------------------------------------------------------------------
+# what to learn from, near and far
+
+def distance(rollouts, beta):
+    """How far the policy that drew these rollouts is from p* ~ p_ref exp(R / beta) -> 0 to 1.
+
+    By the importance weights of p* on its n samples: 1 / ESS, the sum of their squares, falls from
+    1, where one sample has all weight, to 1/n, where all weights are equal: there it is p*."""
+    log_w = torch.cat([(old.reward / beta - old.log_ratio).flatten() for old in rollouts])
+    lowest = 1 / len(log_w)
+    return (log_w.softmax(dim=0).square().sum().item() - lowest) / (1 - lowest)
+
 
 def distinct(rollouts):
     """The distinct samples of rollouts -> tokens [n, L]; reward, log_ratio and log_ref [n] of the
@@ -228,11 +233,34 @@ def distinct(rollouts):
 
 
 def target_weights(rollouts, beta, min_ess):
-    """Distinct samples [n, L] with weights [n] of p* on what was seen: each counts once, however
-    often it was drawn, so the cost is -log p_ref."""
+    """Distinct samples [n, L], their rewards [n], and weights [n] of p* on what was seen: each
+    counts once, however often it was drawn, so the cost is -log p_ref."""
     tokens, reward, _, log_ref = distinct(rollouts)
-    return tokens, wdce_weights(reward, -log_ref, beta, min_ess)
+    return tokens, reward, wdce_weights(reward, -log_ref, beta, min_ess)
 
+
+def remembered(past, seen, far):
+    """What a round of replay learns from -> Rollout: one of the past; with chance `far` half of it
+    gives way to samples that p* would draw among all that was `seen`.
+
+    Any group is allowed (see the header); this one shows the policy its own samples beside the best
+    ones known. Known samples come in by their weights only, or, where each prompt has its own, in
+    half of the rounds, so that they cannot crowd out those of the run."""
+    own = [old for old in past if old.iter]
+    known = [old for old in past if not old.iter]
+    rollout = random.choice(known if known and not seen and random.random() < 0.5 else own)
+    if random.random() >= far:
+        return rollout
+    tokens, reward, weights = seen
+    P, G = rollout.reward.shape
+    good = torch.multinomial(weights, P * (G // 2), replacement=True).view(P, -1)
+    rest = torch.randperm(G, device=good.device)[G // 2:]
+    drawn = rollout.tokens.unflatten(0, (P, G))[:, rest]                            # [P, G/2, L]
+    return replace(rollout, tokens=torch.cat((tokens[good], drawn), dim=1).flatten(0, 1),
+                   reward=torch.cat((reward[good], rollout.reward[:, rest]), dim=1))
+
+# -----------------------------------------------------------------------------
+# exploration
 
 def parent_weights(rollouts, beta, min_ess):
     """Distinct samples [n, L] with weights [n] to recombine them by. The cost is the log-ratio: it
@@ -256,9 +284,9 @@ def recombine(tokens, weights, n, mask):
     return child.masked_fill(torch.rand(n, L, device=device) < chance, mask)
 
 # -----------------------------------------------------------------------------
-# the methods. Each is a generator (args, process, model, reference, rollout, path, past), which
-# yields (loss, clip_fraction) and expects a step of the optimizer after each. rollout: what to
-# learn from; path: how it was drawn, or a path to it without logp; past: all rollouts so far.
+# the methods. Each is a generator (args, process, model, reference, rollout, path, seen), which
+# yields (loss, clip_fraction) and expects a step of the optimizers after each. rollout: what to
+# learn from; path: how it was drawn, or a path to it without logp; seen: `target_weights` of all.
 
 def log_probabilities(process, model, reference, rollout, path, with_grad):
     """-> logp [n, k] under the current model, with its gradient if wanted; the path, which now
@@ -273,24 +301,20 @@ def log_probabilities(process, model, reference, rollout, path, with_grad):
     return logp, path, log_ratio.view_as(rollout.reward)
 
 
-def worth(args, rollout, log_ratio, past):
+def worth(args, rollout, log_ratio):
     """The advantages [B] of a rollout whose paths have log-ratios [P, G]."""
     returns = rollout.reward - args.beta * log_ratio                                    # [P, G]
-    scale = reward_scale(rollout.reward, args.beta)
-    baseline = None
-    if args.advantage == "running":
-        baseline = running_mean(past, rollout.iter, args.beta)
-    return advantages(returns, args.advantage, scale, baseline).flatten()
+    return advantages(returns, args.advantage, reward_scale(rollout.reward, args.beta)).flatten()
 
 
-def policy_gradient(args, process, model, reference, rollout, path, past):
+def policy_gradient(args, process, model, reference, rollout, path, seen):
     """sepo, loop and reinforce, on random transitions of each path (args.path_events; 0: all)."""
     is_whole = not args.path_events
     logp, log_ratio = None, rollout.log_ratio
     if is_whole or path.logp is None:
         logp, path, log_ratio = log_probabilities(process, model, reference, rollout, path,
                                                   is_whole)
-    A = worth(args, rollout, log_ratio, past)
+    A = worth(args, rollout, log_ratio)
     parts = [path.subset(args.path_events) for _ in range(args.updates)]
     for update, part in enumerate(parts):
         if update > 0 or not is_whole:
@@ -301,7 +325,7 @@ def policy_gradient(args, process, model, reference, rollout, path, past):
             yield loop_loss(logp, part, A, args.clip)
 
 
-def prdp(args, process, model, reference, rollout, path, past):
+def prdp(args, process, model, reference, rollout, path, seen):
     logp, path, log_ratio = log_probabilities(process, model, reference, rollout, path, True)
     for update in range(args.updates):
         if update > 0:
@@ -309,17 +333,21 @@ def prdp(args, process, model, reference, rollout, path, past):
         yield prdp_loss(logp, path, rollout.reward, log_ratio, args.beta, args.clip)
 
 
-def wdce(args, process, model, reference, rollout, path, past):
-    """Rows of all that was seen, drawn by their weights before the first update."""
-    tokens, weights = target_weights(past[-args.keep:], args.beta, args.min_ess)
-    n = len(rollout.tokens)
+def wdce(args, process, model, reference, rollout, path, seen):
+    for _ in range(args.updates):
+        yield denoise(process, model, seen, len(rollout.tokens))
+
+
+def denoise(process, model, seen, n):
+    """Weighted denoising of n rows of all that was seen, drawn by their weights."""
+    tokens, _, weights = seen
+    rows = torch.multinomial(weights, n, replacement=True)
     even = torch.full((n,), 1 / n, device=tokens.device)
-    for rows in torch.multinomial(weights, args.updates * n, replacement=True).split(n):
-        yield wdce_loss(process, model, tokens[rows], even), even.new_zeros(())
+    return wdce_loss(process, model, tokens[rows], even), even.new_zeros(())
 
 
-def published(args, process, model, reference, rollout, path, past):
-    A = worth(args, rollout, rollout.log_ratio, past)
+def published(args, process, model, reference, rollout, path, seen):
+    A = worth(args, rollout, rollout.log_ratio)
     with torch.no_grad():
         old = neighbours(process, model, rollout.tokens, rollout.given)
     for _ in range(args.updates):
@@ -329,6 +357,24 @@ def published(args, process, model, reference, rollout, path, past):
 
 METHODS = {"sepo": policy_gradient, "loop": policy_gradient, "reinforce": policy_gradient,
            "prdp": prdp, "wdce": wdce, "published": published}
+
+
+def learn(args, process, model, reference, rollout, path, past):
+    """All (loss, clip_fraction) of an iteration: of its rollout, then of remembered samples, each
+    time along new paths. past: all rollouts so far, this one among them."""
+    far, seen = 0.0, None
+    if args.beta and not rollout.given.any():
+        far = distance([old for old in past if old.iter == rollout.iter], args.beta)
+        seen = target_weights(past, args.beta, args.min_ess)
+    method = METHODS[args.algo]
+    yield from method(args, process, model, reference, rollout, path, seen)
+    for k in range(args.replay):
+        old = remembered(past, seen, far)
+        path = process.path_to(old.tokens, old.given)
+        yield from method(args, process, model, reference, old, path, seen)
+        wanted = far * args.denoise                     # per round
+        for _ in range(int((k + 1) * wanted) - int(k * wanted)):
+            yield denoise(process, model, seen, len(rollout.tokens))
 
 # -----------------------------------------------------------------------------
 # the exact optimum of small spaces

@@ -6,8 +6,9 @@
     torchrun --nproc_per_node=4 train.py --task=dna --prompts=4
 
 A run writes to out/<task>: config.json, metrics.jsonl, curve.png, report.json, pretrained.pt,
-finetuned.pt, rewards.jsonl, which keeps every reward that was queried, and last.pt, the checkpoint
-that --resume continues from.
+finetuned.pt, best.pt, the policy at the evaluation after the ten best rollouts in a row (by reward
+minus beta KL), rewards.jsonl, which keeps every reward that was queried, and last.pt, the
+checkpoint that --resume continues from.
 """
 import json
 import math
@@ -29,7 +30,7 @@ from tqdm import tqdm
 import sample
 import sepo
 from diffusion import CHAINS
-from model import SIZES, make_model
+from model import SIZES, make_model, make_optimizers
 from rewards import TASKS, BadInput, RewardLog, measured, open_task, query, read_known
 
 RANK = int(os.environ.get("RANK", 0))               # set by torchrun; without it, one process
@@ -77,9 +78,9 @@ class Flags:
     dropout: float = 0.0                # during pre-training only
 
     # pre-training
-    pretrain_iters: int = 800           # optimizer steps
+    pretrain_iters: int = 600           # optimizer steps
     pretrain_batch: int = 128           # sequences per step
-    pretrain_lr: float = 2e-3           # peak learning rate
+    pretrain_lr: float = 3e-3           # peak learning rate
     data_size: int = 20_000             # sequences to generate, or windows to cut
 
     # sampling
@@ -96,18 +97,19 @@ class Flags:
     updates: int = 1                    # optimizer steps per round
     lr: float = 1e-3                    # initial learning rate; decays linearly to 5%
     path_events: int = 4                # transitions scored per path and update; 0: all
-    advantage: Literal["grpo", "loo", "running"] = "loo"            # a return is compared with its
-                                        # group, the others of it, or the past (with --replay=0)
+    advantage: Literal["loo", "grpo"] = "loo"                       # a return minus the mean of the
+                                        # others in its group, or standardized
     clip: float = 0.1                   # of the ratio; prdp: of a transition's log-ratio
     clip_mode: Literal["stop", "cap"] = "stop"                      # PPO's clip, or SEPO's own
     beta: float = 0.1                   # KL weight: how much reward one nat of KL must bring; try a
                                         # quarter to a half of the spread of your rewards
-    replay: int = 7                     # rounds on remembered rollouts per new one, each along new
+    replay: int = 7                     # rounds on remembered samples per rollout, each along new
                                         # paths; costs no reward
+    denoise: float = 2.0                # updates of weighted denoising per round, while the policy
+                                        # is far from the optimum; fewer when it is near
     known: str = ""                     # samples with known rewards to learn from: CSV or TSV with
                                         # columns sample and reward, or a rewards.jsonl
-    keep: int = 1000                    # wdce, explore: so many last rollouts
-    min_ess: float = 32.0               # wdce, explore: effective sample size of their weights
+    min_ess: float = 32.0               # effective sample size of the weights of what was seen
     explore: float = 0.0                # share of each rollout that is recombined from good samples
                                         # of the past and partly drawn anew
 
@@ -121,7 +123,7 @@ class Flags:
 CHAIN_FLAGS = {"uniform": dict(pretrain_iters=2000, pretrain_lr=1e-3)}
 METHOD_FLAGS = {                                    # defaults, after those of the task
     "loop": dict(path_events=0),
-    "reinforce": dict(advantage="running", path_events=0, replay=0, clip=math.inf),
+    "reinforce": dict(path_events=0, replay=0, clip=math.inf),
     "wdce": dict(updates=16, replay=0, explore=0.5),
     "published": dict(updates=4, replay=0),
 }
@@ -201,9 +203,9 @@ def run(args, task):
 
 def pretrain(args, task, process, model):
     """Minimize the score entropy of the data, or of what the prompt leaves open if there is one."""
-    optimizer = adamw(model, weight_decay=0.01)
+    optimizers = make_optimizers(model, weight_decay=0.01)
     batch = args.pretrain_batch // WORLD_SIZE
-    first, _ = restore(args, "pretrain", model, optimizer)
+    first, _ = restore(args, "pretrain", model, optimizers)
 
     def loss_of(x0):
         return process.loss(model, x0, task.given(x0))
@@ -216,7 +218,7 @@ def pretrain(args, task, process, model):
         for part in x0.split(args.micro_batch or batch):
             loss = loss_of(part) * len(part) / batch
             loss.backward()
-        norm = step(model, optimizer, lr)
+        norm = step(model, optimizers, lr)
 
         is_last = i + 1 == args.pretrain_iters
         if (i + 1) % 50 == 0 or is_last:
@@ -229,13 +231,13 @@ def pretrain(args, task, process, model):
                         **dict(zip(("loss", "held_out_loss", "grad_norm"), losses)))
         if is_time_to_save(args, is_last):
             save(args, task, model, "last.pt", phase="pretrain", iter=i + 1,
-                 optimizer=optimizer.state_dict(), buffer=[])
+                 optimizers=[o.state_dict() for o in optimizers], buffer=[])
 
 
 def finetune(args, task, process, model, reference, exact, log, known):
     """Roll out, query the rewards, learn from the new samples and from remembered ones; repeat."""
-    optimizer = adamw(model, weight_decay=0.0)
-    first, buffer = restore(args, "finetune", model, optimizer)
+    optimizers = make_optimizers(model)
+    first, buffer = restore(args, "finetune", model, optimizers)
     if known and not first:
         buffer = as_rollouts(args, task, process, reference, *known)
     bar = progress("finetune", first, args.iters)
@@ -256,19 +258,15 @@ def finetune(args, task, process, model, reference, exact, log, known):
         buffer += [rollout.to(path.x.device) for rollout in drawn]
         failed = log.failed.intersection(samples)
         if MASTER and i == 0:
-            advise(args, task, rewards.flatten()[[s not in failed for s in samples]])
+            advise(args, rewards.flatten()[[s not in failed for s in samples]])
 
-        # 3. learn: from the new rollout, then from remembered ones along new paths
+        # 3. learn: from the new rollout, then from remembered samples along new paths
         clipped, norms = [], []
-        for k in range(1 + args.replay):
-            rollout = drawn[RANK] if k == 0 else random.choice(buffer)
-            if k > 0:
-                path = process.path_to(rollout.tokens, rollout.given)
-            for loss, clip_fraction in sepo.METHODS[args.algo](
-                    args, process, model, reference, rollout, path, buffer):
-                loss.backward()
-                norms.append(step(model, optimizer, args.lr * decay(i, args.iters)))
-                clipped.append(clip_fraction)
+        for loss, clip_fraction in sepo.learn(args, process, model, reference, drawn[RANK], path,
+                                              buffer):
+            loss.backward()
+            norms.append(step(model, optimizers, args.lr * decay(i, args.iters)))
+            clipped.append(clip_fraction)
 
         # 4. log, draw, save
         is_last = i + 1 == args.iters
@@ -278,13 +276,22 @@ def finetune(args, task, process, model, reference, exact, log, known):
         if (i + 1) % args.eval_every == 0 or is_last:
             metrics |= exact(model) if exact else {}
             metrics |= evaluate(task, process, model, samples, log)
+            if is_best(buffer, args.beta):
+                save(args, task, model, "best.pt")
         log_metrics(args, bar, phase="finetune", iter=i + 1, **metrics)
         if is_time_to_save(args, is_last):
             save(args, task, model, "last.pt", phase="finetune", iter=i + 1,
-                 optimizer=optimizer.state_dict(), buffer=[vars(old) for old in buffer])
+                 optimizers=[o.state_dict() for o in optimizers], buffer=[vars(old) for old in buffer])
             save(args, task, model, "finetuned.pt")
             if MASTER:
                 sample.plot_curve(args)
+
+
+def is_best(buffer, beta, n=10):
+    """Have the last n rollouts the highest J = E[R] - beta KL of all n in a row so far?"""
+    values = torch.stack([(old.reward - beta * old.log_ratio).mean() for old in buffer if old.iter])
+    means = values.unfold(0, min(n, len(values)), 1).mean(dim=1)
+    return means.argmax() == len(means) - 1
 
 
 def evaluate(task, process, model, samples, log):
@@ -325,7 +332,7 @@ def roll_out(args, task, process, model, buffer):
     given = prompt != process.mask
     n_old = int(args.explore * n) if buffer else 0
     if n_old:
-        past = sepo.parent_weights(buffer[-args.keep:], args.beta, args.min_ess)
+        past = sepo.parent_weights(buffer, args.beta, args.min_ess)
         prompt[:n_old] = sepo.recombine(*past, n_old, process.mask)
     tokens, path = process.sample(model, n, task.length, prompt)
     if args.corrector_steps:
@@ -391,44 +398,39 @@ def announce(args, task, device, is_exact):
         print(line, file=sys.stderr)
 
 
-def advise(args, task, rewards):
+def advise(args, rewards):
     """Tell the user after the first rollout what cannot work, and what can be done now."""
     if not len(rewards):                                # all failed
         return
     spread = rewards.std(correction=0).item()
     equal = (rewards == rewards.median()).double().mean().item()
-    again = f"with --init={args.out}/pretrained.pt --known={args.out}/rewards.jsonl, another --out"
     advice = ""
-    if equal == 1 or equal > 0.8 and args.algo != "wdce":
+    if equal > 0.8:
         advice = f"{equal:.0%} are equal: a finer reward would tell more"
-        if equal < 1 and not task.has_prompts:
-            advice += f"; --algo=wdce learns from the best so far, {again}"
     elif args.beta > spread or args.beta < spread / 100:
         advice = (f"they spread by {spread:.3g}, and one nat of KL costs --beta={args.beta:g}: "
-                  f"--beta={spread / 4:.2g} to {spread / 2:.2g} may do better, {again}")
+                  f"--beta={spread / 4:.2g} to {spread / 2:.2g} may do better, with "
+                  f"--init={args.out}/pretrained.pt --known={args.out}/rewards.jsonl, another --out")
     if advice:
         print(f"warning: the rewards of the first rollout: {advice}", file=sys.stderr)
 
 # -----------------------------------------------------------------------------
 # optimizer steps, processes, seeds
 
-def adamw(model, weight_decay):
-    return torch.optim.AdamW(model.parameters(), weight_decay=weight_decay, fused=True)
-
-
 def decay(i, total):
     """Linear, to 5% of the initial learning rate."""
     return max(0.05, 1 - i / total)
 
 
-def step(model, optimizer, lr):
+def step(model, optimizers, lr):
     """Average the gradients over the processes, clip them, step -> their norm before the clip."""
-    optimizer.param_groups[0]["lr"] = lr
     for p in model.parameters():
         average_(p.grad)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
+    for optimizer in optimizers:
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad()
     return norm
 
 
@@ -522,8 +524,8 @@ def open_folder(args, task):
         args.out.mkdir(parents=True, exist_ok=True)
         if file.exists():                               # of an overwritten run: it was paid for
             file.rename(args.out / f"rewards-{time.time_ns()}.jsonl")
-        for name in ("config.json", "last.pt", "pretrained.pt", "finetuned.pt", "report.json",
-                     "curve.png"):
+        for name in ("config.json", "last.pt", "pretrained.pt", "finetuned.pt", "best.pt",
+                     "report.json", "curve.png"):
             (args.out / name).unlink(missing_ok=True)
         (args.out / "metrics.jsonl").write_text("")
     gather(None)                                        # the others wait
@@ -545,7 +547,7 @@ def checkpoint_of(args):
     return sample.load(last) if args.resume and last.exists() else {}
 
 
-def restore(args, phase, model, optimizer):
+def restore(args, phase, model, optimizers):
     """On --resume, load what last.pt holds of a phase -> its first iteration that is left, and the
     rollouts so far."""
     saved = checkpoint_of(args)
@@ -553,7 +555,8 @@ def restore(args, phase, model, optimizer):
         return 0, []
     try:
         model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
+        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
         buffer = [sepo.Rollout(**old) for old in saved["buffer"]]
     except (KeyError, TypeError, RuntimeError, ValueError) as error:
         raise BadInput(f"{args.out}/last.pt belongs to a run of another shape") from error
@@ -651,13 +654,13 @@ def check(parser, args, task):
 
     refuse(args.device == "cuda" and not torch.cuda.is_available(),
            "--device=cuda: torch sees no CUDA device; use --device=cpu")
-    refuse(min(args.prompts, args.group, args.updates, args.eval_every, args.keep) < 1,
-           "--prompts, --group, --updates, --eval_every and --keep must be at least 1")
+    refuse(min(args.prompts, args.group, args.updates, args.eval_every) < 1,
+           "--prompts, --group, --updates and --eval_every must be at least 1")
     numbers = (args.beta, args.lr, args.clip, args.min_ess, args.explore, args.dropout, args.steps,
-               args.replay, args.micro_batch)
+               args.replay, args.micro_batch, args.denoise)
     refuse(not all(number >= 0 for number in numbers) or math.inf in (args.beta, args.lr),
            "--beta and --lr must be at least 0, as --clip, --min_ess, --explore, --dropout, "
-           "--steps, --replay and --micro_batch")
+           "--steps, --replay, --micro_batch and --denoise")
     refuse(args.explore > 1 or args.dropout >= 1 or not 0 < args.corrector_t < 1
            or not math.isfinite(args.on_error or 0), "--explore must be at most 1, --dropout below "
            "1, --corrector_t between 0 and 1, and --on_error a finite number")
@@ -665,12 +668,9 @@ def check(parser, args, task):
            f"--prompts and --pretrain_batch must be multiples of {WORLD_SIZE}")
     refuse(args.n_embd % args.n_head or args.n_embd % 2,
            "--n_embd must be even and a multiple of --n_head")
-    refuse(args.group == 1 and args.advantage != "running",
-           "--group=1 leaves nothing to compare a sample with: add --advantage=running --replay=0")
-    refuse(args.advantage == "running" and args.replay,
-           "--advantage=running is for new rollouts alone: add --replay=0")
     is_wdce, is_absorb = args.algo == "wdce", args.process == "absorb"
-    refuse(args.algo == "prdp" and args.group == 1, "--algo=prdp needs --group above 1")
+    refuse(args.group == 1,
+           "--group=1 leaves nothing to compare a sample with: --group must be at least 2")
     refuse((args.algo == "prdp" or is_wdce or args.explore) and not args.beta,
            "prdp, wdce and --explore need --beta above 0")
     refuse((is_wdce or args.explore) and task.has_prompts,

@@ -15,6 +15,7 @@ import sepo  # noqa: E402
 import train  # noqa: E402
 from diffusion import Absorbing  # noqa: E402
 from exact import network  # noqa: E402
+from model import make_optimizers  # noqa: E402
 
 
 def main(file):
@@ -29,11 +30,11 @@ def main(file):
     first = n * train.RANK
     mine = path[(first <= path.row) & (path.row < first + n)]
     mine = replace(mine, row=mine.row - first, weight=mine.weight * train.WORLD_SIZE, batch=n)
-    optimizer = train.adamw(model, weight_decay=0.0)
+    optimizers = make_optimizers(model)
     for _ in range(5):
         loss, _ = sepo.loop_loss(process.logp(model, mine), mine, A[first:first + n])
         loss.backward()
-        train.step(model, optimizer, 1e-3)
+        train.step(model, optimizers, 1e-3)
     loss = train.average_(loss.detach())
     parts = train.gather(rewards.flatten()[first:first + n])
     if train.MASTER:

@@ -79,7 +79,7 @@ def test_a_killed_run_resumes_to_the_same_numbers(point, whole, tmp_path):
 def test_a_run_killed_again_and_again_ends_with_the_same_numbers(tmp_path):
     """SIGKILL at random moments, each further than the one before, until the run is done."""
     args = ["--task=toy", "--length=4", *TINY, "--pretrain_iters=30", "--iters=8",
-            "--save_every=0", "--advantage=running", "--dropout=0.1"]
+            "--save_every=0", "--denoise=2", "--dropout=0.1"]
     train.main([*args, f"--out={tmp_path / 'whole'}"])
     out, chance, n_kills = tmp_path / "killed", random.Random(0), 0
     process, = launch(tmp_path, quick_main, [*args, f"--out={out}"])

@@ -310,6 +310,13 @@ def test_known_rewards_come_from_tables_and_from_other_runs(content, tmp_path):
     assert values.tolist() == [0, -2] and values.dtype == torch.double
 
 
+def test_contradictory_known_rewards_count_by_their_mean_and_are_counted(tmp_path, capsys):
+    content = "sample,reward\nAAC,1\nCCC,2\nAAC,4\nCCC,2\nAAC,4\n"
+    tokens, values = read_known(Count(), write(tmp_path, content, "known.csv"))
+    assert Count().decode(tokens) == ["AAC", "CCC"] and values.tolist() == [3, 2]
+    assert "--known: 1 samples have several rewards" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("content, message", [
     ("sample,reward\nAAC,1\nAXC,2\n", "known.csv, row 2: 'X' at position 2"),
     ("sample,reward\nAAC,1\nA_C,2\n", "known.csv, row 2: '_' at position 2"),

@@ -19,7 +19,7 @@ from diffusion import Absorbing, Path, Uniform
 from exact import (Table, chi_square, every_path, every_reveal, exact_p, gradient, kl, law_given,
                    network, posterior_table, probability, random_law, sequences)
 
-KINDS = ["grpo", "loo", "running"]
+KINDS = ["grpo", "loo"]
 PROMPT = torch.tensor([2, 1, 2])
 CASES = [(Absorbing, 3, None, None), (Absorbing, 3, 2, None), (Absorbing, 3, None, PROMPT),
          (Uniform, 2, 3, None), (Uniform, 2, 2, PROMPT[:2])]
@@ -53,7 +53,8 @@ def path_of(logp, row=None, scored=None):
 def flags(**changes):
     """The flags of train.py that methods read."""
     return SimpleNamespace(**dict(algo="sepo", advantage="loo", beta=0.3, path_events=0, updates=1,
-                                  clip=0.1, clip_mode="stop", keep=10, min_ess=1.0) | changes)
+                                  clip=0.1, clip_mode="stop", replay=0, denoise=1.0,
+                                  min_ess=1.0) | changes)
 
 
 def rollout_of(tokens, reward, log_ratio=None, iter=1):
@@ -204,14 +205,12 @@ def even_population(P):
 
 
 def update(P, kind, reward, beta):
-    """Minus the gradient of the loss on the whole population; what grpo divides by. An earlier
-    rollout has the same rewards: its mean is the baseline."""
+    """Minus the gradient of the loss on the whole population; what grpo divides by."""
     process, model, reference, tokens, path = even_population(P)
     log_ratio = log_ratio_of(process, model, reference, path).view(P, -1)
     rollout = rollout_of(tokens, reward.view(P, -1), log_ratio, iter=2)
-    past = [rollout_of(tokens, reward.view(P, -1), iter=1), rollout]
     (loss, _), = sepo.METHODS["sepo"](flags(advantage=kind, beta=beta), process, model, reference,
-                                      rollout, path, past)
+                                      rollout, path, None)
     scale = sepo.reward_scale(rollout.reward, beta) if kind == "grpo" else torch.tensor(1.0)
     return -gradient(loss, model).float(), scale
 
@@ -535,17 +534,16 @@ def test_the_return_of_a_new_path_and_of_a_remembered_one(monkeypatch):
     rollout = rollout_of(tokens, reward, torch.tensor([[0.25, 0.5]]), iter=4)
     seen, advantages = [], sepo.advantages
     monkeypatch.setattr(sepo, "advantages", lambda *a: seen.append(a) or advantages(*a))
-    past = [rollout_of(tokens, reward - 1, iter=3), rollout]
     remembered = process.path_to(tokens)
     new = replace(remembered, logp=process.logp(model, remembered).detach())
     for path, log_ratio in ((new, [0.25, 0.5]), (remembered, [math.log(0.5), math.log(1.5)])):
         for events in (0, 1):
-            list(sepo.METHODS["sepo"](flags(beta=2.0, path_events=events, advantage="running"),
-                                      process, model, reference, rollout, path, past))
-            returns, kind, scale, baseline = seen.pop()
+            list(sepo.METHODS["sepo"](flags(beta=2.0, path_events=events, advantage="grpo"),
+                                      process, model, reference, rollout, path, None))
+            returns, kind, scale = seen.pop()
             expected = [r - 2 * x for r, x in zip((5, 7), log_ratio)]
-            assert returns.tolist()[0] == pytest.approx(expected) and kind == "running"
-            assert scale.item() == pytest.approx(5 ** 0.5) and baseline == 5    # sqrt(1 + beta^2)
+            assert returns.tolist()[0] == pytest.approx(expected) and kind == "grpo"
+            assert scale.item() == pytest.approx(5 ** 0.5)                      # sqrt(1 + beta^2)
 
 
 @pytest.mark.parametrize("events", [0, 2])
@@ -632,31 +630,132 @@ def test_weights_of_the_target_and_of_parents_by_hand():
     R = torch.tensor([1.0, 5.0, 3.0]).double()
     for weights_of, cost in ((sepo.target_weights, [1.0, 2.5, 3.0]),
                              (sepo.parent_weights, [0.1, 0.4, 0.3])):
-        tokens, weights = weights_of([OLD, NEW], 2.0, 1)
+        tokens, *reward, weights = weights_of([OLD, NEW], 2.0, 1)
         assert tokens.tolist() == [[0, 0], [0, 1], [1, 1]]
+        assert all(torch.equal(r, R) for r in reward)
         assert torch.allclose(weights, (R / 2 - torch.tensor(cost)).softmax(0))
-        even = weights_of([OLD, NEW], 2.0, 3)[1]
-        assert torch.allclose(even, torch.full((3,), 1 / 3).double())
+        half = weights_of([OLD, NEW], 0.02, 3)[-1]              # as many as 3 of 3 are not asked
+        assert 1 / half.square().sum() == pytest.approx(1.5, rel=1e-3)
 
 
 def test_wdce_draws_what_was_seen_by_the_weights_of_the_target(monkeypatch):
-    """keep = 2: an older rollout is forgotten. Each update has as many rows as a rollout."""
+    """Each update has as many rows as a rollout."""
     process, seen = Absorbing(2), []
 
     def loss_of(process, model, tokens, weights):
         seen.append((tokens, weights))
         return model
     monkeypatch.setattr(sepo, "wdce_loss", loss_of)
-    forgotten = of_columns([[1, 0], [1, 0]], [9.0, 9.0], [0.0, 0.0], [0.0, 0.0])
     torch.manual_seed(0)
-    updates = sepo.METHODS["wdce"](flags(beta=2.0, keep=2, updates=2000), process, "the loss", None,
-                                   NEW, None, [forgotten, OLD, NEW])
+    updates = sepo.METHODS["wdce"](flags(updates=2000), process, "the loss", None, NEW, None,
+                                   sepo.target_weights([OLD, NEW], 2.0, 1))
     assert all(loss == "the loss" and fraction == 0 for loss, fraction in updates)
     assert len(seen) == 2000
     assert all(len(tokens) == 2 and weights.tolist() == [0.5, 0.5] for tokens, weights in seen)
-    _, weights = sepo.target_weights([OLD, NEW], 2.0, 1)
+    _, _, weights = sepo.target_weights([OLD, NEW], 2.0, 1)
     law = torch.tensor([weights[0], weights[1], 0, weights[2]])
     assert chi_square(torch.cat([tokens for tokens, _ in seen]), law, 2) > 1e-3
+
+# -----------------------------------------------------------------------------
+# near and far
+
+
+def test_the_distance_is_zero_at_the_optimum_and_one_where_one_sample_has_all_weight():
+    """By hand: weights 1 : 2 : 2 of p*, so 1/ESS = 9/25, and (9/25 - 1/3) / (1 - 1/3) = 1/25. By
+    enumeration: on all paths of the optimum itself."""
+    beta, log2 = 0.5, math.log(2)
+    tokens = torch.zeros(2, 1, dtype=torch.long)
+    parts = [rollout_of(tokens, torch.tensor([[7.0, 7 + beta * log2]]), torch.tensor([[3.0, 3.0]])),
+             rollout_of(tokens[:1], torch.tensor([[7 + 2 * beta * log2]]),
+                        torch.tensor([[3 + log2]]))]
+    assert sepo.distance(parts, beta) == pytest.approx(1 / 25)
+    _, _, path, R, log_ratio, beta, _ = optimum()
+    tokens = torch.zeros(R.numel(), 3, dtype=torch.long)
+    assert sepo.distance([rollout_of(tokens, R, log_ratio)], beta) == pytest.approx(0, abs=1e-6)
+    assert sepo.distance([rollout_of(tokens, R, log_ratio)], beta / 1e9) == pytest.approx(1, abs=1)
+
+
+def seen_and_past():
+    """Known samples 9, and two rollouts of two groups of four: samples 0 to 7 and 10 to 17."""
+    row = torch.arange(8)[:, None]
+    past = [rollout_of(row[:2] * 0 + 9, torch.full((1, 2), 9.0), iter=0),
+            rollout_of(row, row.view(2, 4).float()), rollout_of(row + 10, row.view(2, 4) + 10.0)]
+    return (torch.tensor([[20], [21], [22]]), torch.tensor([20.0, 21, 22]).double(),
+            torch.tensor([0.7, 0.3, 0.0]).double()), past
+
+
+def test_a_remembered_group_is_half_of_what_the_optimum_would_draw_with_chance_far():
+    seen, past = seen_and_past()
+    random.seed(0)
+    torch.manual_seed(0)
+    halves, good, kept = 0, [], set()
+    for _ in range(400):
+        group = sepo.remembered(past, seen, 0.25)
+        assert torch.equal(group.tokens.flatten().double(), group.reward.flatten())
+        if any(group is old for old in past[1:]):
+            continue
+        halves += 1
+        first, rest = group.tokens.view(2, 4).split(2, dim=1)
+        good += first.flatten().tolist()
+        kept |= set(rest.flatten().tolist())
+        assert all(len(set(row)) == 2 for row in rest.tolist())
+        assert ((rest % 10 // 4).T == torch.arange(2)).all()    # each group keeps its own
+    assert 70 < halves < 130 and kept == {*range(8), *range(10, 18)}
+    assert set(good) == {20, 21} and good.count(20) / len(good) == pytest.approx(0.7, abs=0.08)
+
+
+def test_known_samples_never_crowd_out_those_of_the_run():
+    """They are in the weights; where each prompt has its own samples, in half of the rounds."""
+    seen, past = seen_and_past()
+    random.seed(1)
+    past = past[:1] * 50 + past[1:]
+    assert all(sepo.remembered(past, seen, 0.0).iter for _ in range(50))
+    counts = [sepo.remembered(past, None, 0.0).iter for _ in range(400)].count(0)
+    assert 150 < counts < 250
+    assert all(sepo.remembered(past[50:], None, 0.0).iter for _ in range(9))
+
+
+def test_at_the_optimum_what_is_biased_has_faded_and_the_rest_stands_still():
+    """Weighted denoising of two of eight sequences would leave the optimum; its share is 0 there,
+    and so is the gradient along new paths to any samples."""
+    process, model, _, _, _, beta, reference = optimum()
+    bias = sepo.wdce_loss(process, model, sequences(2, 3)[[0, 7]].repeat(50, 1),
+                          torch.full((100,), 0.01))
+    assert gradient(bias, model).abs().max() > 0.01
+    tokens, path = process.sample(model, 40, 3)
+    rollout = rollout_of(tokens, some_reward(tokens)[None],
+                         log_ratio_of(process, model, reference, path)[None])
+    args = flags(beta=beta, replay=3, denoise=4.0)
+    losses = list(sepo.learn(args, process, model, reference, rollout, path, [rollout]))
+    assert len(losses) == 1 + 3
+    assert all(gradient(loss, model).abs().max() < 1e-5 for loss, _ in losses)
+
+
+def test_an_iteration_denoises_as_often_as_it_is_far(monkeypatch):
+    """far 0.3 and 2 updates per round: after 5 rounds 3, spread over them; none with prompts, and
+    none at beta 0. All rollouts of the iteration are measured, and all that was seen is weighed."""
+    process, model, reference, rollout, path, past = a_round(steps=None)
+    past = [replace(past[0], iter=1), replace(rollout, iter=2), replace(rollout, iter=2)]
+    asked, drawn = [], []
+    monkeypatch.setattr(sepo, "distance", lambda old, beta: asked.append((old, beta)) or 0.3)
+    monkeypatch.setattr(sepo, "denoise", lambda *a: drawn.append(a) or "denoised")
+    monkeypatch.setattr(sepo, "remembered", lambda past, seen, far: drawn.append(far) or past[0])
+    args = flags(replay=5, denoise=2.0, beta=0.5)
+
+    def kinds(args, rollout):
+        asked.clear(), drawn.clear()
+        updates = sepo.learn(args, process, model, reference, rollout, path, past)
+        return "".join("d" if update == "denoised" else "m" for update in updates)
+    assert kinds(args, past[1]) == "mmmdmmdmd"
+    (old, beta), = asked
+    assert len(old) == 2 and old[0] is past[1] and old[1] is past[2] and beta == 0.5
+    whole = sepo.target_weights(past, 0.5, args.min_ess)
+    for _, scored, seen, n in (call for call in drawn if call != 0.3):
+        assert scored is model and n == len(rollout.tokens)
+        assert all(torch.equal(a, b) for a, b in zip(seen, whole))
+    assert kinds(flags(replay=5, denoise=2.0, beta=0.0), past[1]) == "m" * 6
+    prompted = replace(past[1], given=torch.ones_like(rollout.given))
+    assert kinds(args, prompted) == "m" * 6 and drawn == [0.0] * 5 and not asked
 
 # -----------------------------------------------------------------------------
 # off policy: remembered samples
@@ -721,12 +820,12 @@ def test_wdce_weights_are_those_of_the_optimum_and_keep_the_sample_size():
     optimum = (reference.log() + R / 0.5).softmax(0)
     cost = -(4 * reference).log()
     assert torch.allclose(sepo.wdce_weights(R, cost, 0.5, min_ess=1), optimum)
-    for beta, min_ess in ((0.01, 2), (0.01, 3.5), (1e-6, 2)):
+    for beta, min_ess in ((0.01, 1.2), (0.01, 1.9), (1e-6, 1.5)):
         w = sepo.wdce_weights(R, cost, beta, min_ess)
         assert 1 / w.square().sum().item() == pytest.approx(min_ess, rel=1e-3)
         assert w.sum().item() == pytest.approx(1) and w.argmax() == (R / beta - cost).argmax()
-    even = torch.full((4,), 0.25, dtype=torch.double)
-    assert torch.allclose(sepo.wdce_weights(R, cost, 0.01, min_ess=9), even)     # out of reach
+    w = sepo.wdce_weights(R, cost, 0.01, min_ess=9)
+    assert 1 / w.square().sum().item() == pytest.approx(2, rel=1e-3)            # half of four
 
 
 class EveryMask(Absorbing):
@@ -844,7 +943,7 @@ R = torch.tensor([[1.0, 2.0, 3.0], [0.0, 0.0, 6.0]])
 
 @pytest.mark.parametrize("kind, expected, variance", [
     ("grpo", [[-1, 0, 1], [-2, -2, 4]], 26 / 6),
-    ("loo", [[-1.5, 0, 1.5], [-3, -3, 6]], 1), ("running", [[-1, 0, 1], [-2, -2, 4]], 1)])
+    ("loo", [[-1.5, 0, 1.5], [-3, -3, 6]], 1)])
 def test_advantages_by_hand(kind, expected, variance):
     """Both groups have mean 2; squares around it sum to 2 and 24."""
     assert torch.allclose(sepo.advantages(R, kind), torch.tensor(expected) / variance ** 0.5)
@@ -854,21 +953,6 @@ def test_advantages_by_hand(kind, expected, variance):
 @pytest.mark.parametrize("rewards", [torch.full((2, 4), 0.3), torch.tensor([[0.7]])])
 def test_degenerate_groups_get_zeros(kind, rewards):
     assert (sepo.advantages(rewards, kind) == 0).all()
-
-
-def test_the_running_mean_is_of_the_rollouts_before():
-    """decay 0.5: returns of mean 0 then 4 weigh 1 : 2, so the mean is 8/3; R - 2 log-ratio counts.
-    Rollouts that were known before the run (iter 0) do not, nor does that of the iteration."""
-    tokens, zeros = torch.zeros(4, 1, dtype=torch.long), torch.zeros(2, 2)
-    known, now = (rollout_of(tokens, zeros + 100, iter=i) for i in (0, 3))
-    past = [known, rollout_of(tokens, zeros + 1, zeros + 0.5, iter=1),
-            rollout_of(tokens, torch.tensor([[3.0, 4.0], [4.0, 5.0]]), iter=2), now]
-    mean = sepo.running_mean(past, 3, beta=2.0, decay=0.5)
-    assert mean.item() == pytest.approx(8 / 3)
-    assert torch.allclose(sepo.advantages(R, "running", baseline=mean), R - 8 / 3, atol=1e-5)
-    assert sepo.running_mean(past, 2, beta=2.0) == 0
-    assert sepo.running_mean(past, 1, beta=2.0) is None         # the first has its own mean
-    assert sepo.running_mean([], 1, beta=2.0) is None
 
 
 @pytest.mark.parametrize("beta", [0.1, 0.0])

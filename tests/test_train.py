@@ -39,7 +39,7 @@ def test_a_run_leaves_its_files_and_says_what_to_type_next(toy):
     out, printed = toy
     assert {file.name for file in out.iterdir()} == {
         "config.json", "metrics.jsonl", "rewards.jsonl", "pretrained.pt", "finetuned.pt", "last.pt",
-        "curve.png", "report.json"}
+        "best.pt", "curve.png", "report.json"}
     assert (out / "curve.png").read_bytes()[:4] == b"\x89PNG"
     assert f"python sample.py --run={out}" in printed.splitlines()[-1]
     assert "share_of_optimum" in printed and "finetune" in printed
@@ -88,7 +88,7 @@ def test_config_holds_the_flags_of_the_run(tmp_path):
 
 
 @pytest.mark.parametrize("extra", [
-    ["--steps=2", "--advantage=grpo"], ["--group=1", "--advantage=running"],
+    ["--steps=2", "--advantage=grpo"],
     ["--beta=0", "--path_events=3"], ["--dropout=0.1"],
     pytest.param(["--dtype=bfloat16"], marks=pytest.mark.skipif(not has_bfloat16(), reason="none")),
     ["--corrector_steps=2"], ["--clip_mode=cap", "--micro_batch=7"],
@@ -98,7 +98,7 @@ def test_config_holds_the_flags_of_the_run(tmp_path):
     ["--replay=2", "--path_events=0"], ["--replay=2", "--process=uniform"],
     ["--replay=1", "--algo=prdp"], ["--replay=1", "--algo=loop", "--explore=0.5"],
     ["--replay=1", "--algo=published"], ["--algo=wdce"], ["--algo=wdce", "--explore=0"],
-    ["--process=uniform", "--explore=0.5", "--keep=1"],
+    ["--process=uniform", "--explore=0.5", "--replay=2"],
     ["--process=uniform", "--corrector_steps=3", "--corrector_t=0.3", "--path_events=2"]])
 def test_every_choice_runs(extra, tmp_path):
     metrics = run(tmp_path, "--pretrain_iters=2", "--iters=2", *extra)
@@ -114,9 +114,9 @@ def test_the_smallest_spaces(letters, L, process, tmp_path, monkeypatch):
 
 def test_learning_on_the_toy_reaches_most_of_the_optimum_in_few_rollouts(tmp_path):
     """What an update with a wrong sign or scale cannot do."""
-    metrics = run(tmp_path, "--pretrain_iters=150", "--iters=20", "--group=64", "--updates=10",
-                  "--lr=0.003", "--n_embd=32", "--data_size=5000", "--eval_every=20", task="toy")
-    assert metrics[-1]["share_of_optimum"] > 0.6        # five seeds: 0.73 to 0.86
+    metrics = run(tmp_path, "--pretrain_iters=100", "--iters=12", "--group=64", "--replay=10",
+                  "--lr=0.003", "--n_embd=32", "--data_size=5000", "--eval_every=12", task="toy")
+    assert metrics[-1]["share_of_optimum"] > 0.4        # five seeds: 0.56 to 0.59
 
 
 def test_a_constant_reward_moves_nothing_but_by_the_kl(tmp_path, monkeypatch):
@@ -190,7 +190,7 @@ def test_own_data_and_reward_and_a_start_from_a_saved_model(tmp_path, monkeypatc
 # an iteration, taken apart
 
 
-BIG = ["--iters=2", "--updates=1", "--beta=0.3", "--lr=0.01"]   # so that rollout 2 has a log-ratio
+BIG = ["--iters=2", "--updates=1", "--beta=0.3", "--lr=0.01", "--denoise=0"]   # so that rollout 2 has a log-ratio
 
 
 def two_rollouts(out):
@@ -200,24 +200,22 @@ def two_rollouts(out):
     return [(old["reward"][0], old["log_ratio"][0].double()) for old in (first, second)]
 
 
-@pytest.mark.parametrize("algo, kind", [("sepo", "grpo"), ("loop", "loo"),
-                                        ("reinforce", "running")])
+@pytest.mark.parametrize("algo, kind", [("sepo", "grpo"), ("loop", "loo"), ("reinforce", "loo")])
 def test_an_iteration_is_its_formulas_written_out(algo, kind, tmp_path, monkeypatch):
     """Advantages, clips and rates of the updates on the second rollout and on a remembered one."""
     set_two(monkeypatch, share_of("C"), "ACGT", 4)
     losses = captured(monkeypatch, sepo, "sepo_loss" if algo == "sepo" else "loop_loss")
     steps = captured(monkeypatch, train, "step")
-    monkeypatch.setattr(random, "choice", lambda buffer: buffer[0])     # remember the first rollout
-    n = 0 if kind == "running" else 1                                   # rounds on it
+    monkeypatch.setattr(sepo, "remembered", lambda past, *_: past[0])   # the first rollout
+    n = 0 if algo == "reinforce" else 1                                 # rounds on it
     run(tmp_path, f"--algo={algo}", f"--replay={n}", "--path_events=1", f"--advantage={kind}", *BIG)
-    (R1, log_ratio1), (R, log_ratio) = two_rollouts(tmp_path)
+    (_, log_ratio1), (R, log_ratio) = two_rollouts(tmp_path)
     assert log_ratio1.abs().max() < 1e-5 and log_ratio.abs().max() > 0.1
 
     def expected(R, log_ratio):
         returns = R - 0.3 * log_ratio
         return {"grpo": (returns - returns.mean()) / (R.var(correction=0) + 0.3 ** 2).sqrt(),
-                "loo": (returns - returns.mean()) * 8 / 7,
-                "running": returns - (R1 - 0.3 * log_ratio1).mean()}[kind]
+                "loo": (returns - returns.mean()) * 8 / 7}[kind]
     _, part, A, clip, *mode, _ = losses[1 + n]                  # of all: 1 + n per iteration
     assert torch.allclose(A, expected(R, log_ratio).float(), atol=1e-5)
     assert len(losses) == 2 * (1 + n) and len(part) == 8
@@ -241,7 +239,7 @@ def test_a_replayed_path_is_scored_by_the_current_model(events, tmp_path, monkey
         states.append(deepcopy(model.state_dict()))
         return norm
     monkeypatch.setattr(train, "step", spy)
-    monkeypatch.setattr(random, "choice", lambda buffer: buffer[0])
+    monkeypatch.setattr(sepo, "remembered", lambda past, *_: past[0])
     run(tmp_path, "--replay=1", f"--path_events={events}", *BIG)
     reference, _ = sample.load_model(tmp_path / "pretrained.pt")
     process, current = Absorbing(4), deepcopy(reference)
@@ -296,7 +294,7 @@ def test_wdce_draws_rows_of_the_buffer_by_their_weights(tmp_path, monkeypatch):
         return [float(len(seen) > 5 and sample == seen[5]) for sample in samples]
     set_two(monkeypatch, reward, "ACGT", 8, exact=False)
     losses = captured(monkeypatch, sepo, "wdce_loss")
-    run(tmp_path, "--algo=wdce", "--iters=2", "--min_ess=1", "--beta=0.001", "--keep=2")
+    run(tmp_path, "--algo=wdce", "--iters=2", "--min_ess=1", "--beta=0.001")
     best = TASKS["two"]().encode([seen[5]])
     for _, _, tokens, weights, _ in losses:
         assert (tokens == best).all() and (weights == 1 / 8).all() and len(tokens) == 8
@@ -311,6 +309,28 @@ def test_explored_rows_keep_most_of_what_they_came_from(tmp_path, monkeypatch):
     assert (first == 4).all() and (second[4:] == 4).all()
     n_free = (second[:4] == 4).sum(dim=1)
     assert 0 < n_free.sum() and (n_free < 25).all()         # of 30, each with chance 0.5 at most
+
+
+@pytest.mark.parametrize("returns, is_best", [
+    ([3], True), ([0, 3], True), ([5, 0, 2], False), ([5, 0, 4], False), ([5, 0, 6], True)])
+def test_the_best_policy_is_that_of_the_highest_mean_return_in_a_row(returns, is_best):
+    """Of two rollouts in a row; a return is the reward minus beta = 2 times the log-ratio 1. Known
+    samples are no policy's."""
+    def rollout(iter, value):
+        columns = torch.zeros(1, 2), torch.zeros(1, 2), torch.full((1, 2), value).double()
+        return sepo.Rollout(iter, None, None, columns[0] + 1, *columns[1:])
+    buffer = [rollout(0, 99.0)] + [rollout(i, value + 2.0) for i, value in enumerate(returns, 1)]
+    assert train.is_best(buffer, beta=2.0, n=2) == is_best
+
+
+def test_the_best_policy_is_kept(tmp_path, monkeypatch):
+    """At the evaluations after iterations 2 and 4; here only the first is the best."""
+    monkeypatch.setattr(train, "is_best", lambda buffer, beta: len(buffer) == 2)
+    run(tmp_path, "--lr=0.01")
+    first, last = weights(tmp_path, "pretrained"), weights(tmp_path)
+    best = weights(tmp_path, "best")
+    assert not same(best, first) and not same(best, last)
+    sample.main([f"--run={tmp_path}", "--which=best", "--n=2"])
 
 
 def test_prompts_are_not_noised_in_pre_training(tmp_path, monkeypatch):
@@ -334,18 +354,18 @@ def test_the_first_rollout_has_no_kl_whatever_the_dropout(tmp_path):
 
 
 def test_known_rewards_are_learned_from_before_anything_is_asked(tmp_path, monkeypatch):
-    """Twenty sequences from a table, in remembered rollouts of four."""
+    """Twenty sequences from a table: what is seen, with their weights, before the first round."""
     set_two(monkeypatch, share_of("C"), "ACGT", 6, exact=False)
     rows = ["".join(random.Random(i).choices("ACGT", k=6)) for i in range(20)]
     table = tmp_path / "lab.csv"
     table.write_text("sample,reward\n" + "".join(f"{s},{i}\n" for i, s in enumerate(rows)))
-    paths = captured(monkeypatch, Absorbing, "path_to")
-    run(tmp_path / "a", f"--known={table}", "--replay=12", "--iters=1", "--group=4")
-    replayed = [call[1] for call in paths[1:]]                  # the first call is for log_ref
-    assert len(replayed) == 12 and all(len(tokens) == 4 for tokens in replayed)
-    tokens = {tuple(row) for x in replayed for row in x.tolist()}
-    encoded = {tuple("ACGT".index(c) for c in row) for row in rows}
-    assert len(tokens & encoded) > 10 and lines(tmp_path / "a")[-1]["queries"] <= 4
+    rounds = captured(monkeypatch, sepo, "remembered")
+    run(tmp_path / "a", f"--known={table}", "--replay=3", "--iters=1", "--group=4", "--min_ess=1")
+    assert len(rounds) == 3 and lines(tmp_path / "a")[-1]["queries"] <= 4
+    for past, (tokens, reward, weights), _, group in rounds:
+        assert [old.iter for old in past] == [0] * 5 + [1] and group.iter == 1
+        assert TASKS["two"]().decode(tokens[:20]) == [rows[i] for i in reward[:20].long()]
+        assert set(reward[:20].tolist()) == set(range(20)) and reward[weights.argmax()] == 19
 
 
 def test_known_samples_are_not_queried(tmp_path, monkeypatch):
