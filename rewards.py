@@ -340,7 +340,7 @@ class Toy(Task):
 
     alphabet, length = "ACGT", 6
     flags = dict(exact=True, n_layer=2, n_embd=64, pretrain_iters=300, iters=80, replay=15,
-                 path_events=0, denoise=1, eval_every=8, report_samples=1000)
+                 eval_every=8, report_samples=1000)
 
     def draw(self, n, generator):
         return markov_chain(TOY_STEP, n, self.length, generator)
@@ -445,8 +445,8 @@ class Dna(Task):
     and the KL to the data is what keeps samples where the reward can be believed."""
 
     alphabet, length = "ACGT", 50
-    flags = dict(n_layer=1, n_embd=48, conv=25, pretrain_iters=1500, pretrain_lr=4e-3, steps=20,
-                 iters=40, lr=3e-4, replay=15, path_events=0, eval_every=5, report_samples=1000)
+    flags = dict(n_layer=1, n_embd=48, conv=25, pretrain_lr=4e-3, steps=20, iters=40, lr=3e-4,
+                 replay=15, eval_every=5, report_samples=1000)
 
     def draw(self, n, generator):
         rng = random.Random(torch.randint(2 ** 62, (1,), generator=generator).item())
@@ -472,9 +472,8 @@ class Arithmetic(Task):
     that is learned from rewards holds on prompts never seen."""
 
     alphabet, length = "0123456789+=", 9
-    flags = dict(n_layer=3, pretrain_iters=3000, pretrain_batch=256, pretrain_lr=1e-3,
-                 data_size=200_000, prompts=64, group=4, iters=40, lr=2e-4, path_events=0,
-                 eval_every=2, report_samples=1000)
+    flags = dict(n_layer=3, pretrain_iters=400, pretrain_batch=256, data_size=200_000, prompts=64,
+                 group=4, iters=40, lr=2e-4, replay=7, eval_every=2, report_samples=1000)
 
     def __init__(self, length=9):
         if length not in (0, 9):
@@ -523,8 +522,8 @@ class Text(Task):
     sentences."""
 
     length = 48
-    flags = dict(n_layer=2, n_embd=96, conv=7, dropout=0.1, pretrain_iters=2500, pretrain_lr=3e-3,
-                 data_size=100_000, group=64, iters=80, beta=0.01, algo="wdce", eval_every=5,
+    flags = dict(n_layer=2, n_embd=96, conv=7, dropout=0.1, pretrain_iters=800, pretrain_lr=5e-3,
+                 data_size=100_000, group=64, iters=40, beta=0.01, eval_every=5,
                  report_samples=1000)
 
     def __init__(self, length=0):
@@ -549,8 +548,8 @@ class Ehrlich(Task):
     pre-trained model knows what is feasible, and the black box what is good."""
 
     alphabet, length = "ACDEFGHIKLMNPQRSTVWY", 32
-    flags = dict(n_layer=2, n_embd=96, pretrain_iters=2000, group=64, iters=100, beta=0.002,
-                 algo="wdce", eval_every=5, report_samples=1000)
+    flags = dict(n_layer=2, n_embd=96, pretrain_lr=4e-3, group=64, iters=100, beta=0.002,
+                 eval_every=5, report_samples=1000)
 
     def __init__(self, length=0):
         super().__init__(length)

@@ -220,22 +220,16 @@ def distance(rollouts, beta):
     return (log_w.softmax(dim=0).square().sum().item() - lowest) / (1 - lowest)
 
 
-def distinct(rollouts):
-    """The distinct samples of rollouts -> tokens [n, L]; reward, log_ratio and log_ref [n] of the
-    last time that each was drawn, float64."""
-    latest = {}
+def target_weights(rollouts, beta, min_ess):
+    """The distinct samples of rollouts [n, L], their rewards [n], and weights [n] of p* on what was
+    seen: each counts once, however often it was drawn, so the cost is -log p_ref."""
+    latest = {}                                         # log p_ref is that of the last path
     for old in rollouts:
-        values = torch.stack((old.reward, old.log_ratio, old.log_ref), dim=-1).flatten(0, 1)
+        values = torch.stack((old.reward, old.log_ref), dim=-1).flatten(0, 1)
         latest |= zip(map(tuple, old.tokens.tolist()), values.tolist())
     device = rollouts[-1].tokens.device
-    values = torch.tensor(list(latest.values()), dtype=torch.double, device=device)
-    return torch.tensor(list(latest), device=device), *values.T
-
-
-def target_weights(rollouts, beta, min_ess):
-    """Distinct samples [n, L], their rewards [n], and weights [n] of p* on what was seen: each
-    counts once, however often it was drawn, so the cost is -log p_ref."""
-    tokens, reward, _, log_ref = distinct(rollouts)
+    tokens = torch.tensor(list(latest), device=device)
+    reward, log_ref = torch.tensor(list(latest.values()), dtype=torch.double, device=device).T
     return tokens, reward, wdce_weights(reward, -log_ref, beta, min_ess)
 
 
@@ -258,30 +252,6 @@ def remembered(past, seen, far):
     drawn = rollout.tokens.unflatten(0, (P, G))[:, rest]                            # [P, G/2, L]
     return replace(rollout, tokens=torch.cat((tokens[good], drawn), dim=1).flatten(0, 1),
                    reward=torch.cat((reward[good], rollout.reward[:, rest]), dim=1))
-
-# -----------------------------------------------------------------------------
-# exploration
-
-def parent_weights(rollouts, beta, min_ess):
-    """Distinct samples [n, L] with weights [n] to recombine them by. The cost is the log-ratio: it
-    prefers what the policy of that time seldom drew, which keeps the search alive."""
-    tokens, reward, log_ratio, _ = distinct(rollouts)
-    return tokens, wdce_weights(reward, log_ratio, beta, min_ess)
-
-
-def recombine(tokens, weights, n, mask):
-    """n prompts made of remembered samples [m, L], which are chosen by their weights: one parent
-    gives a segment, moved by up to two positions, to another; then positions are masked, each with
-    a chance that is drawn per row between 0.05 and 0.5, so that the policy fits the parts."""
-    L, device = tokens.size(1), tokens.device
-    parents = tokens[torch.multinomial(weights, 2 * n, replacement=True)].view(2, n, L)
-    place = torch.arange(L, device=device)
-    moved = (place + torch.randint(-2, 3, (n, 1), device=device)) % L
-    cut = torch.randint(L + 1, (2, n, 1), device=device)
-    is_inside = (place >= cut.amin(dim=0)) & (place < cut.amax(dim=0))
-    child = torch.where(is_inside, parents[1].gather(1, moved), parents[0])
-    chance = 0.05 + 0.45 * torch.rand(n, 1, device=device)
-    return child.masked_fill(torch.rand(n, L, device=device) < chance, mask)
 
 # -----------------------------------------------------------------------------
 # the methods. Each is a generator (args, process, model, reference, rollout, path, seen), which
@@ -372,7 +342,7 @@ def learn(args, process, model, reference, rollout, path, past):
         old = remembered(past, seen, far)
         path = process.path_to(old.tokens, old.given)
         yield from method(args, process, model, reference, old, path, seen)
-        wanted = far * args.denoise                     # per round
+        wanted = far * args.denoise / args.replay       # after each round
         for _ in range(int((k + 1) * wanted) - int(k * wanted)):
             yield denoise(process, model, seen, len(rollout.tokens))
 

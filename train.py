@@ -96,22 +96,20 @@ class Flags:
     group: int = 32                     # samples per prompt (G)
     updates: int = 1                    # optimizer steps per round
     lr: float = 1e-3                    # initial learning rate; decays linearly to 5%
-    path_events: int = 4                # transitions scored per path and update; 0: all
+    path_events: int = 0                # transitions scored per path and update; 0: all
     advantage: Literal["loo", "grpo"] = "loo"                       # a return minus the mean of the
                                         # others in its group, or standardized
     clip: float = 0.1                   # of the ratio; prdp: of a transition's log-ratio
     clip_mode: Literal["stop", "cap"] = "stop"                      # PPO's clip, or SEPO's own
     beta: float = 0.1                   # KL weight: how much reward one nat of KL must bring; try a
                                         # quarter to a half of the spread of your rewards
-    replay: int = 7                     # rounds on remembered samples per rollout, each along new
+    replay: int = 3                     # rounds on remembered samples per rollout, each along new
                                         # paths; costs no reward
-    denoise: float = 2.0                # updates of weighted denoising per round, while the policy
-                                        # is far from the optimum; fewer when it is near
+    denoise: int = 14                   # updates of weighted denoising per rollout, among these
+                                        # rounds; fewer as the policy comes near the optimum
     known: str = ""                     # samples with known rewards to learn from: CSV or TSV with
                                         # columns sample and reward, or a rewards.jsonl
     min_ess: float = 32.0               # effective sample size of the weights of what was seen
-    explore: float = 0.0                # share of each rollout that is recombined from good samples
-                                        # of the past and partly drawn anew
 
     # evaluation
     eval_every: int = 10                # rollouts between evaluations
@@ -122,9 +120,8 @@ class Flags:
 
 CHAIN_FLAGS = {"uniform": dict(pretrain_iters=2000, pretrain_lr=1e-3)}
 METHOD_FLAGS = {                                    # defaults, after those of the task
-    "loop": dict(path_events=0),
-    "reinforce": dict(path_events=0, replay=0, clip=math.inf),
-    "wdce": dict(updates=16, replay=0, explore=0.5),
+    "reinforce": dict(replay=0, clip=math.inf),
+    "wdce": dict(updates=16, replay=0),
     "published": dict(updates=4, replay=0),
 }
 PASSING = {"resume", "overwrite", "out"}            # not kept in config.json
@@ -245,7 +242,7 @@ def finetune(args, task, process, model, reference, exact, log, known):
         seed_everything(args, "finetune", i)
 
         # 1. roll out the current policy: G samples for each of P prompts, on every process
-        tokens, given, path = roll_out(args, task, process, model, buffer)
+        tokens, given, path = roll_out(args, task, process, model)
         log_ref = path.per_sequence(process.logp(reference, path))                      # [B]
         log_ratio = path.per_sequence(path.logp) - log_ref      # its mean is the KL of the paths
 
@@ -319,29 +316,15 @@ def summary(drawn, buffer, clipped, norms):
 # -----------------------------------------------------------------------------
 # rollouts
 
-def roll_out(args, task, process, model, buffer):
-    """G samples of the current policy for each of P prompts -> tokens, given [P * G, L], path.
-
-    With --explore a share of them are remembered samples, drawn anew in part."""
-    P = args.prompts // WORLD_SIZE
-    n = P * args.group
-    prompt = torch.full((n, task.length), process.mask, device=task.data.device)
-    if task.has_prompts:
-        prompt = task.prompts(pick_rows(task.data, P))
-        prompt = prompt.repeat_interleave(args.group, dim=0)
+def roll_out(args, task, process, model):
+    """G samples of the current policy for each of P prompts -> tokens, given [P * G, L], path."""
+    prompt = task.prompts(pick_rows(task.data, args.prompts // WORLD_SIZE))
+    prompt = prompt.repeat_interleave(args.group, dim=0)    # without prompts: masks alone
     given = prompt != process.mask
-    n_old = int(args.explore * n) if buffer else 0
-    if n_old:
-        past = sepo.parent_weights(buffer, args.beta, args.min_ess)
-        prompt[:n_old] = sepo.recombine(*past, n_old, process.mask)
-    tokens, path = process.sample(model, n, task.length, prompt)
+    tokens, path = process.sample(model, len(prompt), task.length, prompt)
     if args.corrector_steps:
-        tokens, path = process.correct_path(model, tokens, prompt != process.mask,
-                                            args.corrector_t, args.corrector_steps)
-    if n_old:                                           # the policy did not draw them alone
-        path = process.path_to(tokens, given)
-        with torch.no_grad():
-            path.logp = process.logp(model, path)
+        tokens, path = process.correct_path(model, tokens, given, args.corrector_t,
+                                            args.corrector_steps)
     return tokens, given, path
 
 
@@ -654,27 +637,23 @@ def check(parser, args, task):
 
     refuse(args.device == "cuda" and not torch.cuda.is_available(),
            "--device=cuda: torch sees no CUDA device; use --device=cpu")
-    refuse(min(args.prompts, args.group, args.updates, args.eval_every) < 1,
-           "--prompts, --group, --updates and --eval_every must be at least 1")
-    numbers = (args.beta, args.lr, args.clip, args.min_ess, args.explore, args.dropout, args.steps,
+    refuse(min(args.prompts, args.updates, args.eval_every, args.group - 1) < 1,
+           "--prompts, --updates and --eval_every must be at least 1, --group at least 2")
+    numbers = (args.beta, args.lr, args.clip, args.min_ess, args.dropout, args.steps,
                args.replay, args.micro_batch, args.denoise)
     refuse(not all(number >= 0 for number in numbers) or math.inf in (args.beta, args.lr),
-           "--beta and --lr must be at least 0, as --clip, --min_ess, --explore, --dropout, "
-           "--steps, --replay, --micro_batch and --denoise")
-    refuse(args.explore > 1 or args.dropout >= 1 or not 0 < args.corrector_t < 1
-           or not math.isfinite(args.on_error or 0), "--explore must be at most 1, --dropout below "
-           "1, --corrector_t between 0 and 1, and --on_error a finite number")
+           "--beta and --lr must be at least 0, as --clip, --min_ess, --dropout, --steps, "
+           "--replay, --micro_batch and --denoise")
+    refuse(args.dropout >= 1 or not 0 < args.corrector_t < 1
+           or not math.isfinite(args.on_error or 0), "--dropout must be below 1, --corrector_t "
+           "between 0 and 1, and --on_error a finite number")
     refuse(args.prompts % WORLD_SIZE or args.pretrain_batch % WORLD_SIZE,
            f"--prompts and --pretrain_batch must be multiples of {WORLD_SIZE}")
     refuse(args.n_embd % args.n_head or args.n_embd % 2,
            "--n_embd must be even and a multiple of --n_head")
     is_wdce, is_absorb = args.algo == "wdce", args.process == "absorb"
-    refuse(args.group == 1,
-           "--group=1 leaves nothing to compare a sample with: --group must be at least 2")
-    refuse((args.algo == "prdp" or is_wdce or args.explore) and not args.beta,
-           "prdp, wdce and --explore need --beta above 0")
-    refuse((is_wdce or args.explore) and task.has_prompts,
-           "wdce and --explore are for tasks without prompts")
+    refuse((args.algo == "prdp" or is_wdce) and not args.beta, "prdp and wdce need --beta above 0")
+    refuse(is_wdce and task.has_prompts, "--algo=wdce is for tasks without prompts")
     refuse(is_wdce and (args.replay or args.corrector_steps or not is_absorb),
            "--algo=wdce learns from all, with --process=absorb: no --replay, no corrector")
     refuse(args.algo != "sepo" and args.clip_mode != "stop", "--clip_mode is for --algo=sepo")

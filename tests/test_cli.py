@@ -32,24 +32,22 @@ def printed_rows(capsys):
 @pytest.mark.parametrize("args, message", [
     (["--grup=8"], "unrecognized arguments: --grup=8"),
     (["--crop", "True"], "unrecognized arguments: True"),
-    (["--group=1"], "--group=1 leaves nothing to compare a sample with"),
+    (["--group=1"], "--eval_every must be at least 1, --group at least 2"),
     (["--task=toi"], "--task=toi: choose one of toy, dna, "),
     (["--iters=1.5"], "argument --iters: invalid int value: '1.5'"),
     (["--beta=inf"], "--beta and --lr must be at least 0"),
-    (["--group=0"], "--prompts, --group, --updates and --eval_every must be at least 1"),
+    (["--prompts=0"], "--prompts, --updates and --eval_every must be at least 1"),
     (["--lr=nan"], "--beta and --lr must be at least 0"),
     (["--iters"], "argument --iters: expected one argument"),
     (["--n_embd=30"], "n_embd must be even and a multiple of --n_head"),
-    (["--algo=prdp", "--beta=0"], "prdp, wdce and --explore need --beta above 0"),
+    (["--algo=prdp", "--beta=0"], "prdp and wdce need --beta above 0"),
     (["--algo=wdce", "--process=uniform"], "--algo=wdce .* with --process=absorb"),
     (["--algo=wdce", "--replay=1"], "--algo=wdce learns from all, .* no --replay"),
     (["--algo=wdce", "--corrector_steps=1"], "--algo=wdce .* no corrector"),
-    (["--algo=wdce", "--beta=0"], "prdp, wdce and --explore need --beta above 0"),
-    (["--explore=0.5", "--beta=0"], "prdp, wdce and --explore need --beta above 0"),
-    (["--task=arithmetic", "--explore=0.5"], "wdce and --explore are for tasks without prompts"),
+    (["--algo=wdce", "--beta=0"], "prdp and wdce need --beta above 0"),
+    (["--task=arithmetic", "--algo=wdce", "--replay=0"], "wdce is for tasks without prompts"),
     (["--corrector_t=1"], "--corrector_t between 0 and 1"),
-    (["--explore=1.5"], "--explore must be at most 1"),
-    (["--dropout=1"], "--dropout below 1"),
+    (["--dropout=1"], "--dropout must be below 1"),
     (["--on_error=nan"], "--on_error a finite number"),
     (["--clip=-1"], "must be at least 0, as --clip"),
     (["--replay=-1"], "must be at least 0, as .*--replay"),
@@ -90,12 +88,12 @@ def test_a_value_follows_a_space_or_an_equals_sign(tmp_path):
 def test_defaults_are_those_of_the_task_the_chain_the_method_then_what_was_typed(tmp_path):
     def flags(*args):
         return train.read_flags([f"--out={tmp_path / 'x'}", *args])[0]
-    assert flags().exact and flags().replay == 15 and flags().explore == 0
+    assert flags().exact and flags().replay == 15 and flags().updates == 1
     assert flags("--algo=wdce").replay == 0 and flags("--algo=wdce", "--replay=0").updates == 16
     text = flags("--task=text")
-    assert (text.algo, text.explore, text.pretrain_iters) == ("wdce", 0.5, 2500)
-    text = flags("--task=text", "--algo=sepo", "--process=uniform", "--pretrain_iters=7")
-    assert (text.explore, text.pretrain_iters, text.pretrain_lr) == (0, 7, 1e-3)
+    assert (text.algo, text.group, text.pretrain_iters) == ("sepo", 64, 800)
+    text = flags("--task=text", "--process=uniform", "--pretrain_iters=7")
+    assert (text.group, text.pretrain_iters, text.pretrain_lr) == (64, 7, 1e-3)
 
 
 @pytest.mark.parametrize("program", [train, sample])
@@ -128,7 +126,7 @@ def test_the_size_of_the_network_follows_the_size_of_the_data(tmp_path):
         (tmp_path / "data.txt").write_text("ACGT\n" * (n // 5))
         args, _ = train.read_flags([f"--data={tmp_path / 'data.txt'}", f"--out={tmp_path / 'x'}",
                                     f"--reward={tmp_path / 'own.py'}:f"])
-        assert (args.task, args.algo, args.lr, args.replay) == ("own", "sepo", 1e-3, 7)
+        assert (args.task, args.algo, args.lr, args.replay) == ("own", "sepo", 1e-3, 3)
         found.append((args.n_layer, args.n_embd, args.pretrain_iters))
     assert found == [(2, 64, 500), (4, 128, 2000)]
 
@@ -196,7 +194,7 @@ def test_a_beta_that_cannot_work_is_noticed(beta, is_told, capsys):
 
 
 def test_the_advice_can_be_taken(tmp_path, capsys):
-    run(tmp_path / "a", "--beta=9")
+    run(tmp_path / "a", "--beta=9", "--group=60")
     beta, init, known = re.findall(r"warning: .*: (--beta=\S+) to .*, with (--init=\S+) "
                                    r"(--known=\S+), another", capsys.readouterr().err)[0]
     run(tmp_path / "b", beta, init, known)

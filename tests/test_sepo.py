@@ -53,7 +53,7 @@ def path_of(logp, row=None, scored=None):
 def flags(**changes):
     """The flags of train.py that methods read."""
     return SimpleNamespace(**dict(algo="sepo", advantage="loo", beta=0.3, path_events=0, updates=1,
-                                  clip=0.1, clip_mode="stop", replay=0, denoise=1.0,
+                                  clip=0.1, clip_mode="stop", replay=0, denoise=1,
                                   min_ess=1.0) | changes)
 
 
@@ -625,17 +625,15 @@ OLD = of_columns([[0, 0], [0, 1]], [1.0, 2.0], [0.1, 0.2], [-1.0, -2.0])
 NEW = of_columns([[0, 1], [1, 1]], [5.0, 3.0], [0.4, 0.3], [-2.5, -3.0])    # 01 for a second time
 
 
-def test_weights_of_the_target_and_of_parents_by_hand():
-    """A sample that was drawn twice counts once, with its latest values."""
+def test_weights_of_the_target_by_hand():
+    """A sample that was drawn twice counts once, with its latest values. The effective sample size
+    is at most half of the samples, whatever was asked."""
     R = torch.tensor([1.0, 5.0, 3.0]).double()
-    for weights_of, cost in ((sepo.target_weights, [1.0, 2.5, 3.0]),
-                             (sepo.parent_weights, [0.1, 0.4, 0.3])):
-        tokens, *reward, weights = weights_of([OLD, NEW], 2.0, 1)
-        assert tokens.tolist() == [[0, 0], [0, 1], [1, 1]]
-        assert all(torch.equal(r, R) for r in reward)
-        assert torch.allclose(weights, (R / 2 - torch.tensor(cost)).softmax(0))
-        half = weights_of([OLD, NEW], 0.02, 3)[-1]              # as many as 3 of 3 are not asked
-        assert 1 / half.square().sum() == pytest.approx(1.5, rel=1e-3)
+    tokens, reward, weights = sepo.target_weights([OLD, NEW], 2.0, 1)
+    assert tokens.tolist() == [[0, 0], [0, 1], [1, 1]] and torch.equal(reward, R)
+    assert torch.allclose(weights, (R / 2 - torch.tensor([1.0, 2.5, 3.0])).softmax(0))
+    _, _, half = sepo.target_weights([OLD, NEW], 0.02, 3)
+    assert 1 / half.square().sum() == pytest.approx(1.5, rel=1e-3)
 
 
 def test_wdce_draws_what_was_seen_by_the_weights_of_the_target(monkeypatch):
@@ -725,22 +723,22 @@ def test_at_the_optimum_what_is_biased_has_faded_and_the_rest_stands_still():
     tokens, path = process.sample(model, 40, 3)
     rollout = rollout_of(tokens, some_reward(tokens)[None],
                          log_ratio_of(process, model, reference, path)[None])
-    args = flags(beta=beta, replay=3, denoise=4.0)
+    args = flags(beta=beta, replay=3, denoise=12)
     losses = list(sepo.learn(args, process, model, reference, rollout, path, [rollout]))
     assert len(losses) == 1 + 3
     assert all(gradient(loss, model).abs().max() < 1e-5 for loss, _ in losses)
 
 
 def test_an_iteration_denoises_as_often_as_it_is_far(monkeypatch):
-    """far 0.3 and 2 updates per round: after 5 rounds 3, spread over them; none with prompts, and
-    none at beta 0. All rollouts of the iteration are measured, and all that was seen is weighed."""
+    """At 0.3 of the way 3 of 10 updates, spread over 5 rounds; none with prompts, and none at beta 0.
+    All rollouts of the iteration are measured, and all that was seen is weighed."""
     process, model, reference, rollout, path, past = a_round(steps=None)
     past = [replace(past[0], iter=1), replace(rollout, iter=2), replace(rollout, iter=2)]
     asked, drawn = [], []
     monkeypatch.setattr(sepo, "distance", lambda old, beta: asked.append((old, beta)) or 0.3)
     monkeypatch.setattr(sepo, "denoise", lambda *a: drawn.append(a) or "denoised")
     monkeypatch.setattr(sepo, "remembered", lambda past, seen, far: drawn.append(far) or past[0])
-    args = flags(replay=5, denoise=2.0, beta=0.5)
+    args = flags(replay=5, denoise=10, beta=0.5)
 
     def kinds(args, rollout):
         asked.clear(), drawn.clear()
@@ -753,7 +751,7 @@ def test_an_iteration_denoises_as_often_as_it_is_far(monkeypatch):
     for _, scored, seen, n in (call for call in drawn if call != 0.3):
         assert scored is model and n == len(rollout.tokens)
         assert all(torch.equal(a, b) for a, b in zip(seen, whole))
-    assert kinds(flags(replay=5, denoise=2.0, beta=0.0), past[1]) == "m" * 6
+    assert kinds(flags(replay=5, denoise=10, beta=0.0), past[1]) == "m" * 6
     prompted = replace(past[1], given=torch.ones_like(rollout.given))
     assert kinds(args, prompted) == "m" * 6 and drawn == [0.0] * 5 and not asked
 

@@ -96,9 +96,9 @@ def test_config_holds_the_flags_of_the_run(tmp_path):
     ["--algo=prdp", "--group=4", "--prompts=2"], ["--algo=prdp", "--process=uniform"],
     ["--algo=prdp", "--micro_batch=7"], ["--algo=published"], ["--algo=reinforce", "--conv=3"],
     ["--replay=2", "--path_events=0"], ["--replay=2", "--process=uniform"],
-    ["--replay=1", "--algo=prdp"], ["--replay=1", "--algo=loop", "--explore=0.5"],
-    ["--replay=1", "--algo=published"], ["--algo=wdce"], ["--algo=wdce", "--explore=0"],
-    ["--process=uniform", "--explore=0.5", "--replay=2"],
+    ["--replay=1", "--algo=prdp"], ["--replay=1", "--algo=loop", "--denoise=9"],
+    ["--replay=1", "--algo=published"], ["--algo=wdce"],
+    ["--process=uniform", "--replay=2", "--denoise=0"],
     ["--process=uniform", "--corrector_steps=3", "--corrector_t=0.3", "--path_events=2"]])
 def test_every_choice_runs(extra, tmp_path):
     metrics = run(tmp_path, "--pretrain_iters=2", "--iters=2", *extra)
@@ -299,16 +299,6 @@ def test_wdce_draws_rows_of_the_buffer_by_their_weights(tmp_path, monkeypatch):
     for _, _, tokens, weights, _ in losses:
         assert (tokens == best).all() and (weights == 1 / 8).all() and len(tokens) == 8
     assert len(losses) == 2 * 2
-
-
-def test_explored_rows_keep_most_of_what_they_came_from(tmp_path, monkeypatch):
-    set_two(monkeypatch, share_of("C"), "ACGT", 30, exact=False)
-    drawn = captured(monkeypatch, Absorbing, "sample")
-    run(tmp_path, "--explore=0.5", "--iters=2", "--report_samples=0")
-    first, second = (call[4] for call in drawn[:2])             # the prompts of both rollouts
-    assert (first == 4).all() and (second[4:] == 4).all()
-    n_free = (second[:4] == 4).sum(dim=1)
-    assert 0 < n_free.sum() and (n_free < 25).all()         # of 30, each with chance 0.5 at most
 
 
 @pytest.mark.parametrize("returns, is_best", [
