@@ -445,8 +445,8 @@ class Dna(Task):
     and the KL to the data is what keeps samples where the reward can be believed."""
 
     alphabet, length = "ACGT", 50
-    flags = dict(n_layer=1, n_embd=48, conv=25, pretrain_lr=4e-3, steps=20, iters=40, lr=3e-4,
-                 replay=15, eval_every=5, report_samples=1000)
+    flags = dict(n_layer=1, n_embd=48, conv=25, pretrain_iters=750, pretrain_lr=4e-3, steps=20,
+                 iters=40, lr=3e-4, replay=15, eval_every=5, report_samples=1000)
 
     def draw(self, n, generator):
         rng = random.Random(torch.randint(2 ** 62, (1,), generator=generator).item())
@@ -523,7 +523,7 @@ class Text(Task):
 
     length = 48
     flags = dict(n_layer=2, n_embd=96, conv=7, dropout=0.1, pretrain_iters=800, pretrain_lr=5e-3,
-                 data_size=100_000, group=64, iters=40, beta=0.01, eval_every=5,
+                 data_size=100_000, group=64, iters=80, beta=0.01, algo="wdce", eval_every=5,
                  report_samples=1000)
 
     def __init__(self, length=0):
@@ -548,8 +548,8 @@ class Ehrlich(Task):
     pre-trained model knows what is feasible, and the black box what is good."""
 
     alphabet, length = "ACDEFGHIKLMNPQRSTVWY", 32
-    flags = dict(n_layer=2, n_embd=96, pretrain_lr=4e-3, group=64, iters=100, beta=0.002,
-                 eval_every=5, report_samples=1000)
+    flags = dict(n_layer=2, n_embd=96, pretrain_lr=4e-3, group=64, iters=60, path_events=4,
+                 beta=0.002, eval_every=5, report_samples=1000)
 
     def __init__(self, length=0):
         super().__init__(length)

@@ -28,13 +28,15 @@ rollout can be learned from again and again, with the same losses and no importa
 log p_theta/p_ref is a log-ratio at samples that another policy drew: it may be negative, and its
 mean is no KL.
 
-Near and far: since any q will do, a remembered group may hold the best samples known beside the
-policy's own, and where the policy is far from p*, weighted denoising fits these samples, too. It is
-biased, so both fade with the `distance` to p*, which is measured on every new rollout.
+Near and far: since any q will do, a remembered group may hold samples that p* would draw, among all
+that was seen, beside the policy's own. Where the policy is far from p*, weighted denoising fits
+these samples, too. That is fast and biased, since it knows nothing but what was seen: so both fade
+with the `distance` to p*, which is measured on every new rollout and is 0 there.
 
 Reading order: what a sample is worth; SEPO, LOOP, PRDP; weighted denoising; what to learn from,
 near and far; the methods, and how an iteration learns; the exact optimum; SEPO as published.
 """
+import math
 import random
 from dataclasses import dataclass, replace
 
@@ -180,10 +182,10 @@ def prdp_loss(logp, path, rewards, log_ratio, beta, clip=0.5):
 def wdce_weights(rewards, cost, beta, min_ess):
     """Weights [n] of samples with rewards [n], ~ exp(c (R / beta - cost)), that sum to 1.
 
-    cost [n]: log q(path)/p_ref(path) of the policy q that drew each of them; -log p_ref for
-    distinct samples that count once each. With c = 1 they are self-normalized importance weights of
-    p* ~ p_ref exp(R / beta). c is the largest number up to 1 that keeps the effective sample size
-    1 / sum(w^2) at min_ess or above, or at n / 2: it flattens p*, and the proposal q, alike."""
+    cost [n]: log q/p_ref, with the chance q that a sample is there. With c = 1 they are
+    self-normalized importance weights of p* ~ p_ref exp(R / beta). c is the largest number up to 1
+    that keeps the effective sample size 1 / sum(w^2) at min_ess or above, or at n / 2: it flattens
+    p*, and the proposal q, alike."""
     log_w = rewards / beta - cost
     min_ess = min(min_ess, len(log_w) / 2)
     low, high, c = 0.0, 1.0, 1.0
@@ -221,16 +223,24 @@ def distance(rollouts, beta):
 
 
 def target_weights(rollouts, beta, min_ess):
-    """The distinct samples of rollouts [n, L], their rewards [n], and weights [n] of p* on what was
-    seen: each counts once, however often it was drawn, so the cost is -log p_ref."""
-    latest = {}                                         # log p_ref is that of the last path
-    for old in rollouts:
-        values = torch.stack((old.reward, old.log_ref), dim=-1).flatten(0, 1)
-        latest |= zip(map(tuple, old.tokens.tolist()), values.tolist())
-    device = rollouts[-1].tokens.device
-    tokens = torch.tensor(list(latest), device=device)
-    reward, log_ref = torch.tensor(list(latest.values()), dtype=torch.double, device=device).T
-    return tokens, reward, wdce_weights(reward, -log_ref, beta, min_ess)
+    """The distinct samples of rollouts [n, L], their rewards [n], and weights [n] of p* among them.
+
+    A weight is p*(x) over the chance that x was seen at all, as in survey sampling (Horvitz and
+    Thompson, 1952): 1 - exp(-m), with m the number of times that its rollouts were to draw it. So
+    where all of a small space was seen it is p* itself; where nothing is seen twice it is the
+    importance weight exp(R / beta - log-ratio)."""
+    tokens, which = torch.cat([old.tokens for old in rollouts]).unique(dim=0, return_inverse=True)
+    count = which.bincount()                                                            # [n]
+
+    def mean(column):
+        values = torch.cat([column(old).flatten() for old in rollouts]).double()
+        return torch.zeros_like(count, dtype=torch.double).index_add(0, which, values) / count
+
+    log_ref = mean(lambda old: old.log_ref)
+    log_m = count.log() + mean(lambda old: old.log_ref + old.log_ratio + math.log(len(old.tokens)))
+    log_seen = torch.where(log_m < -20, log_m, (-(-log_m.exp()).expm1()).log())
+    reward = mean(lambda old: old.reward)
+    return tokens, reward, wdce_weights(reward, log_seen - log_ref, beta, min_ess)
 
 
 def remembered(past, seen, far):
@@ -252,6 +262,21 @@ def remembered(past, seen, far):
     drawn = rollout.tokens.unflatten(0, (P, G))[:, rest]                            # [P, G/2, L]
     return replace(rollout, tokens=torch.cat((tokens[good], drawn), dim=1).flatten(0, 1),
                    reward=torch.cat((reward[good], rollout.reward[:, rest]), dim=1))
+
+
+def recombine(tokens, weights, n, mask):
+    """n prompts made of remembered samples [m, L], which are chosen by their weights: one parent
+    gives a segment, moved by up to two positions, to another; then positions are masked, each with
+    a chance that is drawn per row between 0.05 and 0.5, so that the policy fits the parts."""
+    L, device = tokens.size(1), tokens.device
+    parents = tokens[torch.multinomial(weights, 2 * n, replacement=True)].view(2, n, L)
+    place = torch.arange(L, device=device)
+    moved = (place + torch.randint(-2, 3, (n, 1), device=device)) % L
+    cut = torch.randint(L + 1, (2, n, 1), device=device)
+    is_inside = (place >= cut.amin(dim=0)) & (place < cut.amax(dim=0))
+    child = torch.where(is_inside, parents[1].gather(1, moved), parents[0])
+    chance = 0.05 + 0.45 * torch.rand(n, 1, device=device)
+    return child.masked_fill(torch.rand(n, L, device=device) < chance, mask)
 
 # -----------------------------------------------------------------------------
 # the methods. Each is a generator (args, process, model, reference, rollout, path, seen), which

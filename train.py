@@ -111,6 +111,9 @@ class Flags:
                                         # columns sample and reward, or a rewards.jsonl
     min_ess: float = 32.0               # effective sample size of the weights of what was seen
 
+    explore: float = 0.0                # share of each rollout that is recombined from good samples
+                                        # of the past and partly drawn anew
+
     # evaluation
     eval_every: int = 10                # rollouts between evaluations
     exact: bool = False                 # query all sequences of a small space for its optimum
@@ -121,7 +124,7 @@ class Flags:
 CHAIN_FLAGS = {"uniform": dict(pretrain_iters=2000, pretrain_lr=1e-3)}
 METHOD_FLAGS = {                                    # defaults, after those of the task
     "reinforce": dict(replay=0, clip=math.inf),
-    "wdce": dict(updates=16, replay=0),
+    "wdce": dict(updates=16, replay=0, explore=0.5),
     "published": dict(updates=4, replay=0),
 }
 PASSING = {"resume", "overwrite", "out"}            # not kept in config.json
@@ -242,7 +245,7 @@ def finetune(args, task, process, model, reference, exact, log, known):
         seed_everything(args, "finetune", i)
 
         # 1. roll out the current policy: G samples for each of P prompts, on every process
-        tokens, given, path = roll_out(args, task, process, model)
+        tokens, given, path = roll_out(args, task, process, model, buffer)
         log_ref = path.per_sequence(process.logp(reference, path))                      # [B]
         log_ratio = path.per_sequence(path.logp) - log_ref      # its mean is the KL of the paths
 
@@ -278,7 +281,8 @@ def finetune(args, task, process, model, reference, exact, log, known):
         log_metrics(args, bar, phase="finetune", iter=i + 1, **metrics)
         if is_time_to_save(args, is_last):
             save(args, task, model, "last.pt", phase="finetune", iter=i + 1,
-                 optimizers=[o.state_dict() for o in optimizers], buffer=[vars(old) for old in buffer])
+                 optimizers=[o.state_dict() for o in optimizers],
+                 buffer=[vars(old) for old in buffer])
             save(args, task, model, "finetuned.pt")
             if MASTER:
                 sample.plot_curve(args)
@@ -316,15 +320,25 @@ def summary(drawn, buffer, clipped, norms):
 # -----------------------------------------------------------------------------
 # rollouts
 
-def roll_out(args, task, process, model):
-    """G samples of the current policy for each of P prompts -> tokens, given [P * G, L], path."""
+def roll_out(args, task, process, model, buffer):
+    """G samples of the current policy for each of P prompts -> tokens, given [P * G, L], path.
+
+    With --explore a share of them are remembered samples, drawn anew in part."""
     prompt = task.prompts(pick_rows(task.data, args.prompts // WORLD_SIZE))
     prompt = prompt.repeat_interleave(args.group, dim=0)    # without prompts: masks alone
     given = prompt != process.mask
+    n_old = int(args.explore * len(prompt)) if buffer else 0
+    if n_old:
+        past, _, weights = sepo.target_weights(buffer, args.beta, args.min_ess)
+        prompt[:n_old] = sepo.recombine(past, weights, n_old, process.mask)
     tokens, path = process.sample(model, len(prompt), task.length, prompt)
     if args.corrector_steps:
-        tokens, path = process.correct_path(model, tokens, given, args.corrector_t,
-                                            args.corrector_steps)
+        tokens, path = process.correct_path(model, tokens, prompt != process.mask,
+                                            args.corrector_t, args.corrector_steps)
+    if n_old:                                           # the policy did not draw them alone
+        path = process.path_to(tokens, given)
+        with torch.no_grad():
+            path.logp = process.logp(model, path)
     return tokens, given, path
 
 
@@ -392,8 +406,8 @@ def advise(args, rewards):
         advice = f"{equal:.0%} are equal: a finer reward would tell more"
     elif args.beta > spread or args.beta < spread / 100:
         advice = (f"they spread by {spread:.3g}, and one nat of KL costs --beta={args.beta:g}: "
-                  f"--beta={spread / 4:.2g} to {spread / 2:.2g} may do better, with "
-                  f"--init={args.out}/pretrained.pt --known={args.out}/rewards.jsonl, another --out")
+                  f"--beta={spread / 4:.2g} to {spread / 2:.2g} may do better, with --init="
+                  f"{args.out}/pretrained.pt --known={args.out}/rewards.jsonl, another --out")
     if advice:
         print(f"warning: the rewards of the first rollout: {advice}", file=sys.stderr)
 
@@ -639,21 +653,23 @@ def check(parser, args, task):
            "--device=cuda: torch sees no CUDA device; use --device=cpu")
     refuse(min(args.prompts, args.updates, args.eval_every, args.group - 1) < 1,
            "--prompts, --updates and --eval_every must be at least 1, --group at least 2")
-    numbers = (args.beta, args.lr, args.clip, args.min_ess, args.dropout, args.steps,
+    numbers = (args.beta, args.lr, args.clip, args.min_ess, args.explore, args.dropout, args.steps,
                args.replay, args.micro_batch, args.denoise)
     refuse(not all(number >= 0 for number in numbers) or math.inf in (args.beta, args.lr),
-           "--beta and --lr must be at least 0, as --clip, --min_ess, --dropout, --steps, "
-           "--replay, --micro_batch and --denoise")
-    refuse(args.dropout >= 1 or not 0 < args.corrector_t < 1
-           or not math.isfinite(args.on_error or 0), "--dropout must be below 1, --corrector_t "
-           "between 0 and 1, and --on_error a finite number")
+           "--beta and --lr must be at least 0, as --clip, --min_ess, --explore, --dropout, "
+           "--steps, --replay, --micro_batch and --denoise")
+    refuse(args.explore > 1 or args.dropout >= 1 or not 0 < args.corrector_t < 1
+           or not math.isfinite(args.on_error or 0), "--explore must be at most 1, --dropout below "
+           "1, --corrector_t between 0 and 1, and --on_error a finite number")
     refuse(args.prompts % WORLD_SIZE or args.pretrain_batch % WORLD_SIZE,
            f"--prompts and --pretrain_batch must be multiples of {WORLD_SIZE}")
     refuse(args.n_embd % args.n_head or args.n_embd % 2,
            "--n_embd must be even and a multiple of --n_head")
     is_wdce, is_absorb = args.algo == "wdce", args.process == "absorb"
-    refuse((args.algo == "prdp" or is_wdce) and not args.beta, "prdp and wdce need --beta above 0")
-    refuse(is_wdce and task.has_prompts, "--algo=wdce is for tasks without prompts")
+    refuse((args.algo == "prdp" or is_wdce or args.explore) and not args.beta,
+           "prdp, wdce and --explore need --beta above 0")
+    refuse((is_wdce or args.explore) and task.has_prompts,
+           "wdce and --explore are for tasks without prompts")
     refuse(is_wdce and (args.replay or args.corrector_steps or not is_absorb),
            "--algo=wdce learns from all, with --process=absorb: no --replay, no corrector")
     refuse(args.algo != "sepo" and args.clip_mode != "stop", "--clip_mode is for --algo=sepo")

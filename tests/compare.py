@@ -3,7 +3,9 @@
     python tests/compare.py defaults        # every task as it is: the table of the README
     python tests/compare.py toy --seeds=10  # the default run of the front page
     python tests/compare.py replay          # the toy: every method, with and without replay
-    python tests/compare.py ehrlich         # wdce with and without exploration, and sepo
+    python tests/compare.py parts           # the toy: the learner without each of its parts
+    python tests/compare.py far             # ehrlich: the learner without each of its parts
+    python tests/compare.py ehrlich         # the learner, and wdce with exploration
     python tests/compare.py arithmetic      # every method on prompts never seen
     python tests/compare.py dna             # every method on the dna task
     python tests/compare.py beta            # dna: oracle and truth for several KL weights
@@ -52,6 +54,13 @@ LOOP, PRDP, REINFORCE = ["--algo=loop"], ["--algo=prdp"], ["--algo=reinforce"]
 UNTRAINED = ["--pretrain_iters=50"]     # so that the model's conditionals agree with nothing
 MARKS, MOVES = (128, 256, 512, 1024, 2560, 5120), (0, 8, 32, 128)
 
+PARTS = {                   # of the learner; a flag that is Python is run before train.py
+    "all": [], "without denoising": ["--denoise=0"],
+    "without contrast and denoising": ["import sepo; sepo.distance = lambda *_: 0.0"],
+    "without fading": ["import sepo; sepo.distance = lambda *_: 1.0"],
+    "AdamW in place of Muon": ["import torch, train; train.make_optimizers = lambda model, decay=0:"
+                               "[torch.optim.AdamW(model.parameters(), weight_decay=decay)]"],
+}
 COMPARISONS = {             # name: (flags of all runs, the column to compare, {variant: its flags})
     "defaults": ([], "reward", {
         task: [f"--task={task}"] for task in ("toy", "arithmetic", "dna", "text", "ehrlich")}),
@@ -70,9 +79,9 @@ COMPARISONS = {             # name: (flags of all runs, the column to compare, {
         "sepo, no replay": [*ONCE_SEPO, "--iters=15"]}),
     "beta": (DNA, "true activity", {
         f"beta {beta}": [f"--beta={beta}"] for beta in (0, 0.03, 0.1, 0.3)}),
-    "ehrlich": (EHRLICH, "reward", {
-        "wdce, explore": [], "wdce": ["--explore=0"],
-        "sepo": ["--algo=sepo"]}),
+    "parts": (TOY, "share_of_optimum", PARTS),
+    "far": (EHRLICH, "reward", PARTS),
+    "ehrlich": (EHRLICH, "reward", {"sepo": [], "wdce, explore": ["--algo=wdce"]}),
     "corrector": (TOY, "share_of_optimum", {
         f"{name}{n} moves": [f"--corrector_steps={n}", *flags]
         for name, flags in (("", []), ("50 steps of pre-training, ", UNTRAINED)) for n in MOVES}),
@@ -87,7 +96,10 @@ def folder_of(out, name, seed):
 def train(folder, *flags):
     """One run in a process of its own, on one core, unless the folder holds it already."""
     if not (folder / "finetuned.pt").exists():
-        command = [sys.executable, "train.py", f"--out={folder.resolve()}", "--overwrite", *flags]
+        patches = [flag for flag in flags if flag.startswith("import")]
+        flags = [flag for flag in flags if not flag.startswith("import")]
+        command = [sys.executable, "-c", "\n".join([*patches, "import train; train.main()"]),
+                   f"--out={folder.resolve()}", "--overwrite", *flags]
         process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
                                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         _, status, usage = os.wait4(process.pid, 0)

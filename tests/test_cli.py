@@ -40,14 +40,15 @@ def printed_rows(capsys):
     (["--lr=nan"], "--beta and --lr must be at least 0"),
     (["--iters"], "argument --iters: expected one argument"),
     (["--n_embd=30"], "n_embd must be even and a multiple of --n_head"),
-    (["--algo=prdp", "--beta=0"], "prdp and wdce need --beta above 0"),
+    (["--algo=prdp", "--beta=0"], "prdp, wdce and --explore need --beta above 0"),
     (["--algo=wdce", "--process=uniform"], "--algo=wdce .* with --process=absorb"),
     (["--algo=wdce", "--replay=1"], "--algo=wdce learns from all, .* no --replay"),
     (["--algo=wdce", "--corrector_steps=1"], "--algo=wdce .* no corrector"),
-    (["--algo=wdce", "--beta=0"], "prdp and wdce need --beta above 0"),
-    (["--task=arithmetic", "--algo=wdce", "--replay=0"], "wdce is for tasks without prompts"),
+    (["--algo=wdce", "--beta=0"], "prdp, wdce and --explore need --beta above 0"),
+    (["--task=arithmetic", "--algo=wdce", "--replay=0"], "wdce and --explore are for tasks"),
+    (["--explore=1.5"], "--explore must be at most 1"),
     (["--corrector_t=1"], "--corrector_t between 0 and 1"),
-    (["--dropout=1"], "--dropout must be below 1"),
+    (["--dropout=1"], "--dropout below 1"),
     (["--on_error=nan"], "--on_error a finite number"),
     (["--clip=-1"], "must be at least 0, as --clip"),
     (["--replay=-1"], "must be at least 0, as .*--replay"),
@@ -91,9 +92,9 @@ def test_defaults_are_those_of_the_task_the_chain_the_method_then_what_was_typed
     assert flags().exact and flags().replay == 15 and flags().updates == 1
     assert flags("--algo=wdce").replay == 0 and flags("--algo=wdce", "--replay=0").updates == 16
     text = flags("--task=text")
-    assert (text.algo, text.group, text.pretrain_iters) == ("sepo", 64, 800)
-    text = flags("--task=text", "--process=uniform", "--pretrain_iters=7")
-    assert (text.group, text.pretrain_iters, text.pretrain_lr) == (64, 7, 1e-3)
+    assert (text.algo, text.explore, text.pretrain_iters) == ("wdce", 0.5, 800)
+    text = flags("--task=text", "--algo=sepo", "--process=uniform", "--pretrain_iters=7")
+    assert (text.explore, text.pretrain_iters, text.pretrain_lr) == (0, 7, 1e-3)
 
 
 @pytest.mark.parametrize("program", [train, sample])

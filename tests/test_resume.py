@@ -34,7 +34,7 @@ def eventful(folder, *args):
     rows = ["".join(random.Random(i).choices("ACGT", k=8)) for i in range(12)]
     known.write_text("sample,reward\n" + "".join(f"{s},{s.count('T') / 8}\n" for s in rows))
     return [*TINY, "--task=toy", "--length=8", "--replay=1", "--dropout=0.1", "--save_every=0",
-            "--denoise=2", reward, f"--known={known}", f"--out={folder / 'run'}", *args]
+            "--explore=0.5", reward, f"--known={known}", f"--out={folder / 'run'}", *args]
 
 
 @pytest.fixture(scope="module")

@@ -621,19 +621,34 @@ def of_columns(tokens, reward, log_ratio, log_ref):
     return replace(rollout, log_ref=torch.tensor([log_ref]).double())
 
 
-OLD = of_columns([[0, 0], [0, 1]], [1.0, 2.0], [0.1, 0.2], [-1.0, -2.0])
+OLD = of_columns([[0, 0], [0, 1]], [1.0, 5.0], [0.1, 0.2], [-1.0, -2.0])
 NEW = of_columns([[0, 1], [1, 1]], [5.0, 3.0], [0.4, 0.3], [-2.5, -3.0])    # 01 for a second time
 
 
 def test_weights_of_the_target_by_hand():
-    """A sample that was drawn twice counts once, with its latest values. The effective sample size
-    is at most half of the samples, whatever was asked."""
-    R = torch.tensor([1.0, 5.0, 3.0]).double()
+    """A sample that was drawn twice counts once; both of its paths tell how likely it was. The
+    effective sample size is at most half of the samples, whatever was asked."""
     tokens, reward, weights = sepo.target_weights([OLD, NEW], 2.0, 1)
-    assert tokens.tolist() == [[0, 0], [0, 1], [1, 1]] and torch.equal(reward, R)
-    assert torch.allclose(weights, (R / 2 - torch.tensor([1.0, 2.5, 3.0])).softmax(0))
+    assert tokens.tolist() == [[0, 0], [0, 1], [1, 1]] and reward.tolist() == [1, 5, 3]
+    expected = 2 * torch.tensor([-0.9, -1.95, -2.7]).exp() * torch.tensor([1, 2, 1])
+    log_w = reward / 2 + torch.tensor([-1, -2.25, -3]) - (1 - (-expected).exp()).log()
+    assert torch.allclose(weights, log_w.softmax(0), atol=1e-6)
     _, _, half = sepo.target_weights([OLD, NEW], 0.02, 3)
     assert 1 / half.square().sum() == pytest.approx(1.5, rel=1e-3)
+
+
+@pytest.mark.parametrize("log_ref", [0.0, -15.0, -25.0, -2000.0])
+def test_weights_of_the_target_in_small_and_in_large_spaces(log_ref):
+    """Where everything was seen, p_ref exp(R / beta); where nothing is seen twice, exp(R / beta -
+    log-ratio), without an underflow."""
+    R, log_ratio, log_p = [0.0, 0.3, 0.1, 0.2], [0.5, 0.1, -0.3, 0.2], [0.2, 0.1, 0.4, 0.0]
+    refs = [log_ref + x for x in log_p]
+    rows = [[0, 0], [0, 1], [1, 0], [1, 1]]
+    _, _, weights = sepo.target_weights([of_columns(rows, R, log_ratio, refs)] * 50, 1.0, 1)
+    small = torch.tensor(R) + torch.tensor(log_p)
+    large = torch.tensor(R) - torch.tensor(log_ratio)
+    expected = (large if log_ref < -9 else small).double().softmax(0)
+    assert torch.allclose(weights, expected, atol=1e-3)
 
 
 def test_wdce_draws_what_was_seen_by_the_weights_of_the_target(monkeypatch):
@@ -730,7 +745,7 @@ def test_at_the_optimum_what_is_biased_has_faded_and_the_rest_stands_still():
 
 
 def test_an_iteration_denoises_as_often_as_it_is_far(monkeypatch):
-    """At 0.3 of the way 3 of 10 updates, spread over 5 rounds; none with prompts, and none at beta 0.
+    """At a distance of 0.3 so are 3 of 10 updates, over 5 rounds; with prompts and at beta 0 none.
     All rollouts of the iteration are measured, and all that was seen is weighed."""
     process, model, reference, rollout, path, past = a_round(steps=None)
     past = [replace(past[0], iter=1), replace(rollout, iter=2), replace(rollout, iter=2)]
