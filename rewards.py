@@ -17,12 +17,13 @@ import random
 import re
 import sys
 import zlib
-from contextlib import redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from functools import cache
 from itertools import chain
 from pathlib import Path
 from pydoc_data import topics
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -138,6 +139,26 @@ def unused(preferred, letters):
 # querying a reward, and keeping the answers
 
 
+@contextmanager
+def users_code():
+    """While code of the user runs: what it prints goes to standard error, it does not see our
+    command line, and our random numbers, folder, grad mode and default dtype are afterwards what
+    they were."""
+    state, folder, dtype = random.getstate(), os.getcwd(), torch.get_default_dtype()
+    numpy_state, argv = np.random.get_state(), sys.argv
+    with redirect_stdout(sys.stderr), torch.random.fork_rng(), torch.set_grad_enabled(
+            torch.is_grad_enabled()):
+        try:
+            sys.argv = argv[:1]
+            yield
+        finally:
+            sys.argv = argv
+            random.setstate(state)
+            np.random.set_state(numpy_state)
+            os.chdir(folder)
+            torch.set_default_dtype(dtype)
+
+
 def query(reward, samples, catch=False):
     """Ask a reward about samples, list[str] -> (values, problem).
 
@@ -148,7 +169,7 @@ def query(reward, samples, catch=False):
     no list of one number per sample."""
     given = list(samples)
     try:
-        with redirect_stdout(sys.stderr):
+        with users_code():
             values = reward(given)
             if hasattr(values, "tolist"):               # of torch, numpy or pandas
                 values = values.tolist()
@@ -184,7 +205,8 @@ RESERVED = {"iter", "phase", "queries", "failed", "reward", "reward_std", "best"
 
 def measured(task, samples):
     """What the task measures of samples -> {column: float}; raises BadInput."""
-    columns = task.measure(samples)
+    with users_code():
+        columns = task.measure(samples)
     try:
         values = {str(name): float(value) for name, value in columns.items()}
         if RESERVED.isdisjoint(values):
@@ -285,9 +307,9 @@ def read_known(task, file):
             raise BadInput(f"--known={file}, row {i}: {error}") from None
     if not found:
         raise BadInput(f"--known={file} has no row")
-    if unequal := sum(len(set(rewards)) > 1 for rewards in found.values()):
-        print(f"--known: {unequal:,} samples have several rewards: their mean is taken",
-              file=sys.stderr)
+    unequal = sum(len(set(rewards)) > 1 for rewards in found.values())
+    print(f"--known: {len(found):,} samples; {unequal:,} of them have unequal rewards: their mean "
+          "counts", file=sys.stderr)
     rewards = [sum(rewards) / len(rewards) for rewards in found.values()]
     return torch.tensor(list(found)), torch.tensor(rewards, dtype=torch.double)
 
@@ -659,16 +681,18 @@ def open_file(file, *options):
 def read_sequences(file, crop=False, alphabet=""):
     """A file, perhaps gzipped -> its sequences, list[str]: FASTA if it begins with >, else one per
     line; with crop, lines that hold spaces are one running text. Raises BadInput."""
-    opened = gzip.open if file.endswith(".gz") else open
+    opened = gzip.open if file.lower().endswith(".gz") else open
     try:
         with opened(file, "rt", encoding="utf-8-sig") as f:
             content = f.read().strip()
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise BadInput(f"it cannot be read as text: {error}") from None
-    if content.startswith(">"):
+    if content.startswith((">", ";")):                  # FASTA; comments begin with ;
+        content = re.sub(r"^;.*\n?", "", content, flags=re.M)
         records = ("\n" + content).split("\n>")[1:]     # a record's first line is its name
         sequences = ["".join(record.partition("\n")[2].split()) for record in records]
     else:
+        refuse_other_formats(content, crop, alphabet)
         sequences = re.split(r"\s*\n\s*", content)      # without empty lines
     spaced = [i for i, s in enumerate(sequences, 1) if len(s.split()) > 1]
     if spaced and crop:
@@ -682,6 +706,23 @@ def read_sequences(file, crop=False, alphabet=""):
     return sequences
 
 
+def refuse_other_formats(content, crop, alphabet):
+    """One sequence per line is wanted; BadInput for what would be learned as letters otherwise."""
+    lines = content.splitlines()
+    if re.match(r"@.*\n\S+\n\+", content):
+        raise BadInput("it looks like FASTQ: keep the sequences, awk 'NR % 4 == 2'")
+    if content.startswith(('{"', '[{', '["')):
+        raise BadInput("it looks like JSON: write one sequence per line")
+    if "\n>" in content:
+        raise BadInput("it looks like FASTA with other lines before the first >: remove these")
+    if comments := [i for i, line in enumerate(lines, 1) if line.startswith("#")]:
+        raise BadInput(f"line {comments[0]} looks like a comment: remove it, grep -v '^#'")
+    for mark in ",;|":
+        if lines and not crop and mark not in alphabet and all(mark in line for line in lines):
+            raise BadInput(f"every line holds a {mark!r}, as in a table: keep the sequences, such "
+                           f"as cut -d'{mark}' -f1, without a header; or name it in --alphabet")
+
+
 def load_reward(name):
     """--reward=file.py:function -> the function, list[str] -> list[float], and the file's
     `measure`, list[str] -> {column: number}. Raises BadInput; what the file raises is passed on."""
@@ -689,9 +730,11 @@ def load_reward(name):
     if not file.endswith(".py") or not os.path.isfile(file):
         raise BadInput(f"--reward={name}: file.py:function is needed, and a file that exists")
     sys.path.insert(0, os.path.dirname(os.path.abspath(file)))  # it may import its neighbours
-    spec = importlib.util.spec_from_file_location("own_reward", file)
-    module = sys.modules["own_reward"] = importlib.util.module_from_spec(spec)
-    with redirect_stdout(sys.stderr):
+    stem = Path(file).stem                              # by which processes that it starts find it
+    stem = "own_reward" if stem in sys.modules else stem
+    spec = importlib.util.spec_from_file_location(stem, file)
+    module = sys.modules[stem] = importlib.util.module_from_spec(spec)
+    with users_code():
         spec.loader.exec_module(module)
     score = getattr(module, function, None)
     if not callable(score):

@@ -194,9 +194,12 @@ def load_model(file):
         flags = argparse.Namespace(**saved["flags"])
         model = make_model(flags, len(saved["alphabet"]), saved["length"])
         model.load_state_dict(saved.pop("model"))
-        return model.eval(), saved
     except (AttributeError, KeyError, IndexError, TypeError, RuntimeError) as error:
         raise BadInput(f"{file} is not a model of train.py ({type(error).__name__})") from error
+    for name, p in model.named_parameters():
+        if not p.isfinite().all():
+            raise BadInput(f"{file}: {name} is not finite, so its training has failed")
+    return model.eval(), saved
 
 
 def load_task(saved):
@@ -219,21 +222,23 @@ def load_task(saved):
 def report(args, task, process, exact, reference, model, log):
     """Print each model's reward, KL to the pre-trained one and samples; save report.json."""
     held = task.held[:args.report_samples]
-    n, few, k = len(held), max(1, len(held) // 4), 16
+    n, few, k = len(held), len(held) // 4, 16
     prompts, n_before, rows = task.prompts(held), len(log.lines), {}
-    print("report: mean reward; KL to the pre-trained model, nats; share of distinct samples; "
-          "hamming: share of\npositions in which two samples differ; a few samples.\n"
-          "best of 16: the best of each 16 samples of the pre-trained one")
+    print("report: n samples; mean reward, its standard error; KL to the pre-trained model, nats; "
+          "share of\nthe n samples that are distinct; hamming: share of positions in which two "
+          "samples differ;\na few samples. best of 16: the best of each 16 samples of the "
+          "pre-trained model")
 
     def add(name, tokens, kl, **more):
         samples = task.strings(tokens)
-        reward = log.query(task.reward, samples, stage=f"report {name}").mean().item()
+        reward = log.query(task.reward, samples, stage=f"report {name}")
+        error = reward.std().item() / math.sqrt(len(samples)) if len(samples) > 1 else None
         more |= diversity(task, samples) | measured(task, samples)
         if task.pad:                                    # the reward sees such samples without them
             inner = [task.pad in string.rstrip(task.pad) for string in task.decode(tokens)]
             more["inner pads"] = sum(inner) / len(inner)
-        rows[name] = dict(reward=reward, kl=kl, **more)
-        cells = [f"{key} {value:.3f}" for key, value in rows[name].items() if value is not None]
+        rows[name] = dict(n=len(samples), reward=reward.mean().item(), error=error, kl=kl, **more)
+        cells = [f"{key} {value:.4g}" for key, value in rows[name].items() if value is not None]
         print(f"{name:12} " + "  ".join(cells), *samples[:4], sep="\n    ")
 
     add("data", held, None)
@@ -242,14 +247,20 @@ def report(args, task, process, exact, reference, model, log):
         log_ratio = path.per_sequence(path.logp - process.logp(reference, path))
         known = exact(model) if exact and policy is model else {}
         add(name, tokens, log_ratio.mean().item(), **known)
-    prompts = prompts[:few].repeat_interleave(k, dim=0)
-    many, _ = process.sample(reference, few * k, task.length, prompts)
-    reward = log.query(task.reward, task.strings(many), stage="report 16").view(few, k)
-    best = many.view(few, k, -1)[torch.arange(few), reward.argmax(dim=1)]
-    add("best of 16", best, math.log(k) - (k - 1) / k)  # its KL is at most this
+    if few >= 16:
+        prompts = prompts[:few].repeat_interleave(k, dim=0)
+        many, _ = process.sample(reference, few * k, task.length, prompts)
+        reward = log.query(task.reward, task.strings(many), stage="report 16").view(few, k)
+        best = many.view(few, k, -1)[torch.arange(few), reward.argmax(dim=1)]
+        add("best of 16", best, math.log(k) - (k - 1) / k)      # its KL is at most this
+    else:
+        print(f"best of 16 is not shown: {few} groups are too few; --report_samples=64 has 16")
 
     print(f"the report made {len(log.lines) - n_before:,} more queries (--report_samples=0: none)")
     (args.out / "report.json").write_text(json.dumps(rows, indent=2) + "\n")
+    if rows["fine-tuned"]["reward"] < rows.get("best of 16", rows["pre-trained"])["reward"]:
+        print("note: the pre-trained model, or the best of its samples, has more reward: try more "
+              "--iters or a smaller --beta")
     if rows["fine-tuned"]["hamming"] < rows["pre-trained"]["hamming"] / 2:
         print("note: the samples have become much more alike. If that is not what you want, try a "
               "larger --beta, or a reward that forbids it")

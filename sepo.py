@@ -54,6 +54,7 @@ class Rollout:
     iter: int                           # the iteration that drew them; 0: known before the run
     tokens: Tensor                      # [P * G, L]
     given: Tensor                       # [P * G, L]  the positions of the prompt
+    is_own: Tensor                      # [P, G]      False: known, or not the policy's alone
     log_ratio: Tensor                   # [P, G]      log p(path)/p_ref(path) of the policy of that
                                         #             time, nats; 0 where the reference drew them
     log_ref: Tensor                     # [P, G]      log p_ref(path), nats
@@ -156,7 +157,7 @@ def loop_loss(logp, path, advantages, clip=0.1):
     return average(objective, is_clipped, path.scored.any(dim=1, keepdim=True), path.weight)
 
 
-def prdp_loss(logp, path, rewards, log_ratio, beta, clip=0.5):
+def prdp_loss(logp, path, rewards, log_ratio, beta, clip=0.1):
     """Proximal reward difference prediction (PRDP, 2402.08714) -> (loss, clip_fraction).
 
     rewards [P, G]; log_ratio [P, G]: log p(path)/p_ref(path) when the path was drawn, nats. At the
@@ -217,7 +218,7 @@ def distance(rollouts, beta):
 
     By the importance weights of p* on its n samples: 1 / ESS, the sum of their squares, falls from
     1, where one sample has all weight, to 1/n, where all weights are equal: there it is p*."""
-    log_w = torch.cat([(old.reward / beta - old.log_ratio).flatten() for old in rollouts])
+    log_w = torch.cat([(old.reward / beta - old.log_ratio)[old.is_own] for old in rollouts])
     lowest = 1 / len(log_w)
     return (log_w.softmax(dim=0).square().sum().item() - lowest) / (1 - lowest)
 

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import random
+import shlex
 import sys
 import time
 import zlib
@@ -198,7 +199,8 @@ def run(args, task):
             sample.report(args, task, process, exact, reference, model, log)
         if log.failed:
             print(f"the reward failed for {len(log.failed):,} samples", file=sys.stderr)
-        print(f"results are in {args.out}; next: python sample.py --run={args.out} --compare")
+        folder = shlex.quote(str(args.out))
+        print(f"results are in {folder}; next: python sample.py --run={folder} --compare")
 
 
 def pretrain(args, task, process, model):
@@ -245,12 +247,13 @@ def finetune(args, task, process, model, reference, exact, log, known):
         seed_everything(args, "finetune", i)
 
         # 1. roll out the current policy: G samples for each of P prompts, on every process
-        tokens, given, path = roll_out(args, task, process, model, buffer)
+        tokens, given, is_own, path = roll_out(args, task, process, model, buffer)
         log_ref = path.per_sequence(process.logp(reference, path))                      # [B]
         log_ratio = path.per_sequence(path.logp) - log_ref      # its mean is the KL of the paths
 
         # 2. query the rewards, and remember what all processes have drawn
-        parts = gather((tokens, given, *(x.view(-1, args.group) for x in (log_ratio, log_ref))))
+        columns = (x.view(-1, args.group) for x in (is_own, log_ratio, log_ref))        # [P, G]
+        parts = gather((tokens, given, *columns))
         samples = [s for tokens, *_ in parts for s in task.strings(tokens)]
         rewards = log.query(task.reward, samples, query_together, iter=i + 1)
         rewards = rewards.view(WORLD_SIZE, -1, args.group)
@@ -275,7 +278,7 @@ def finetune(args, task, process, model, reference, exact, log, known):
             metrics["failed"] = sum(s in failed for s in samples)
         if (i + 1) % args.eval_every == 0 or is_last:
             metrics |= exact(model) if exact else {}
-            metrics |= evaluate(task, process, model, samples, log)
+            metrics |= evaluate(task, process, model, drawn, log)
             if is_best(buffer, args.beta):
                 save(args, task, model, "best.pt")
         log_metrics(args, bar, phase="finetune", iter=i + 1, **metrics)
@@ -290,14 +293,16 @@ def finetune(args, task, process, model, reference, exact, log, known):
 
 def is_best(buffer, beta, n=10):
     """Have the last n rollouts the highest J = E[R] - beta KL of all n in a row so far?"""
-    values = torch.stack([(old.reward - beta * old.log_ratio).mean() for old in buffer if old.iter])
+    values = torch.stack([(old.reward - beta * old.log_ratio)[old.is_own].mean()
+                          for old in buffer if old.iter])
     means = values.unfold(0, min(n, len(values)), 1).mean(dim=1)
     return means.argmax() == len(means) - 1
 
 
-def evaluate(task, process, model, samples, log):
-    """What the task measures on the latest rollout, and the reward on held-out prompts."""
-    metrics = measured(task, samples)
+def evaluate(task, process, model, drawn, log):
+    """What the task measures of the policy's latest samples, and the reward on held-out prompts."""
+    own = torch.cat([rollout.tokens[rollout.is_own.flatten()] for rollout in drawn])
+    metrics = measured(task, task.strings(own))
     if task.has_prompts:
         prompts = task.prompts(task.held[:256])[RANK::WORLD_SIZE]
         tokens, _ = process.sample(model, len(prompts), task.length, prompts)
@@ -308,9 +313,9 @@ def evaluate(task, process, model, samples, log):
 
 
 def summary(drawn, buffer, clipped, norms):
-    """The metrics of an iteration: of the rollouts of all processes, and of the updates."""
-    reward = torch.stack([rollout.reward for rollout in drawn])                     # [W, P, G]
-    kl = torch.stack([rollout.log_ratio for rollout in drawn]).double()
+    """The metrics of an iteration: of the policy's own samples on all processes, of the updates."""
+    reward, kl = (torch.cat([getattr(old, name)[old.is_own] for old in drawn]).double()
+                  for name in ("reward", "log_ratio"))
     best = torch.stack([old.reward.max() for old in buffer if old.iter])
     names = "reward", "reward_std", "best", "kl", "clip_fraction", "grad_norm"
     values = torch.stack((reward.mean(), reward.std(correction=0), best.max(), kl.mean(),
@@ -321,9 +326,8 @@ def summary(drawn, buffer, clipped, norms):
 # rollouts
 
 def roll_out(args, task, process, model, buffer):
-    """G samples of the current policy for each of P prompts -> tokens, given [P * G, L], path.
-
-    With --explore a share of them are remembered samples, drawn anew in part."""
+    """G samples of the current policy for each of P prompts -> tokens, given [P * G, L], is_own
+    [P * G], path. With --explore some are not its own, but remembered and in part drawn anew."""
     prompt = task.prompts(pick_rows(task.data, args.prompts // WORLD_SIZE))
     prompt = prompt.repeat_interleave(args.group, dim=0)    # without prompts: masks alone
     given = prompt != process.mask
@@ -339,7 +343,7 @@ def roll_out(args, task, process, model, buffer):
         path = process.path_to(tokens, given)
         with torch.no_grad():
             path.logp = process.logp(model, path)
-    return tokens, given, path
+    return tokens, given, torch.arange(len(tokens), device=tokens.device) >= n_old, path
 
 
 def pick_rows(x, n):
@@ -353,12 +357,12 @@ def as_rollouts(args, task, process, reference, tokens, rewards):
     given = task.given(tokens)
     path = process.path_to(tokens, given)
     log_ref = path.per_sequence(process.logp(reference, path))                          # [n]
-    rollouts = []
+    zero, rollouts = torch.zeros_like(log_ref), []
     for prompt in task.prompts(tokens).unique(dim=0):
         rows = (task.prompts(tokens) == prompt).all(dim=1).nonzero()[:, 0]
         n_groups = max(1, len(rows) // max(2, args.group))
         for row in (rows[i::n_groups] for i in range(n_groups) if len(rows) > 1):
-            columns = (torch.zeros_like(log_ref[row]), log_ref[row], rewards[row])
+            columns = (zero[row] > 0, zero[row], log_ref[row], rewards[row])
             rollouts.append(sepo.Rollout(0, tokens[row], given[row], *(c[None] for c in columns)))
     return rollouts
 
@@ -382,7 +386,7 @@ def announce(args, task, device, is_exact):
     optimum = is_exact * task.vocab_size ** task.length
     queries = {"in rollouts": rollouts, "in evaluations": evaluations,
                "for the exact optimum": optimum,
-               "in the report": n and 3 * n + 17 * max(1, n // 4)}
+               "in the report": 3 * n + (17 * (n // 4) if n >= 64 else 0)}
     cost = ", ".join(f"{count:,} {where}" for where, count in queries.items() if count)
     reward = os.path.relpath(args.reward) if args.reward else f"the one built into {args.task}"
     example, = task.strings(task.data[:1])
@@ -516,6 +520,8 @@ def open_folder(args, task):
     trial = RewardLog(on_error=args.on_error)
     samples = list(dict.fromkeys(task.strings(task.data[:2])))[::-1]    # a reward may sort its list
     trial.query(task.reward, samples, query_together)
+    if trial.failed.issuperset(samples):
+        raise BadInput(f"the reward fails for the first samples of the data, {samples}")
     measured(task, samples)
     if MASTER:
         args.out.mkdir(parents=True, exist_ok=True)
@@ -564,7 +570,9 @@ def restore(args, phase, model, optimizers):
 
 def is_time_to_save(args, is_last):
     last = args.out / "last.pt"
-    return is_last or not last.exists() or time.time() - last.stat().st_mtime >= args.save_every
+    if is_last or not last.exists():
+        return True
+    return abs(time.time() - last.stat().st_mtime) >= args.save_every   # a clock may be set back
 
 
 def save(args, task, model, name, **more):
@@ -619,14 +627,18 @@ def read_flags(argv=None):
         typed[name] = os.path.abspath(os.path.expanduser(typed[name]))
     if "data" in typed:
         typed.setdefault("task", "own")
-    out = typed.setdefault("out", Path("out") / typed.get("task", Flags.task))
+    out = typed.get("out", Path("out") / typed.get("task", Flags.task)).expanduser()
+    typed["out"] = out
     is_run = (out / "config.json").exists()
     if is_run and not typed.keys() & {"resume", "overwrite"}:
         parser.error(f"{out} holds another run: use --resume, --overwrite or another --out")
     if "resume" in typed:
         if not is_run:
             parser.error(f"--resume: {out} holds no run")
-        saved = json.loads((out / "config.json").read_text())
+        try:
+            saved = json.loads((out / "config.json").read_text())
+        except ValueError as error:
+            parser.error(f"{out}/config.json is damaged: {error}")
         for name, value in {**typed, "processes": WORLD_SIZE}.items():
             if name not in FREE and value != saved.get(name):
                 parser.error(f"--{name}={value}: the run in {out} has {saved.get(name)}")

@@ -136,7 +136,8 @@ def test_the_size_of_the_network_follows_the_size_of_the_data(tmp_path):
 
 
 def test_the_start_says_which_reward_is_asked_and_how_often(tmp_path, capsys):
-    """Rewards: 4 rollouts of 8, the optimum of the toy, 3 n + 17 n/4 in the report."""
+    """Rewards: 4 rollouts of 8, the optimum of the toy, 3 n in the report (from 64 on 17 n/4 more).
+    """
     def said(name, **changes):
         args, task = train.read_flags([f"--task={name}", f"--out={tmp_path / 'a'}", *TINY])
         vars(args).update(changes)
@@ -146,11 +147,11 @@ def test_the_start_says_which_reward_is_asked_and_how_often(tmp_path, capsys):
     err, task = said("toy")
     assert "task toy: 1,000 sequences of 6 letters 'ACGT', such as '" in err
     assert ("; 0 others held out\nreward: the one built into toy; queries, at most: 32 in "
-            "rollouts, 4,096 for the exact optimum, 145 in the report\n"
+            "rollouts, 4,096 for the exact optimum, 60 in the report\n"
             f"method sepo, beta 0.1; cpu; results in {tmp_path / 'a'}\n") in err
     for every, evaluations in ((2, 512), (3, 512), (9, 256)):   # the last rollout is evaluated, too
         err, task = said("arithmetic", eval_every=every)
-        assert (f"queries, at most: 2,048 in rollouts, {evaluations} in evaluations, 145 in the "
+        assert (f"queries, at most: 2,048 in rollouts, {evaluations} in evaluations, 60 in the "
                 "report\n") in err
     assert f"{len(task.data)} sequences of 9 letters '0123456789+=', such as " in err
     assert f"; {len(task.held)} others held out" in err and 20 < len(task.held) < 90
@@ -159,9 +160,9 @@ def test_the_start_says_which_reward_is_asked_and_how_often(tmp_path, capsys):
     args = [f"--data={tmp_path / 'data.txt'}", f"--reward={tmp_path / 'own.py'}:score", *TINY[:-1]]
     train.main([*args, f"--out={tmp_path / 'b'}", "--group=80"])
     err = capsys.readouterr().err
-    assert "own.py:score; queries, at most: 320 in rollouts, 29 in the report\n" in err
+    assert "own.py:score; queries, at most: 320 in rollouts, 12 in the report\n" in err
     paid = queried(tmp_path / "b", "stage")
-    assert 0 < sum(line["stage"].startswith("report") for line in paid) <= 29
+    assert 0 < sum(line["stage"].startswith("report") for line in paid) <= 12
 
 
 def test_equal_rewards_are_noticed(tmp_path, monkeypatch, capsys):
@@ -264,13 +265,18 @@ def test_the_report_says_what_it_asks_and_notes_an_exploited_reward(tmp_path, mo
     asked = []
     set_two(monkeypatch, lambda samples: asked.extend(samples) or share_of("1")(samples),
             exact=False)
-    run(tmp_path, "--iters=30", "--updates=8", "--lr=0.01", "--beta=0", "--group=16")
+    run(tmp_path, "--iters=30", "--updates=8", "--lr=0.01", "--beta=0", "--group=16",
+        "--report_samples=80")
     printed = capsys.readouterr().out
     assert "the report made 0 more queries" in printed and len(asked) == len(set(asked)) == 8
     assert "much more alike" in printed and "a reward that forbids it" in printed
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["pre-trained"]["kl"] == pytest.approx(0, abs=1e-4)
     assert 1 < report["fine-tuned"]["kl"] < 5 and report["fine-tuned"]["reward"] > 0.9
+    for row in report.values():                     # a sample has 3 letters of two
+        assert row["n"] == (20 if row is report["best of 16"] else 80)
+        assert 0 <= row["error"] < 0.5 / row["n"] ** 0.5
+    assert report["pre-trained"]["error"] > 0.1 / 80 ** 0.5
     assert report["best of 16"]["reward"] > 0.85 > 0.75 > report["pre-trained"]["reward"]
 
 
@@ -285,7 +291,7 @@ def test_the_report_counts_pads_inside_of_samples(tmp_path, monkeypatch):
     report = json.loads((out / "report.json").read_text())
     alphabet, pad = (saved_as(out, "finetuned")[name] for name in ("alphabet", "pad"))
     assert report["data"]["inner pads"] == 0 and alphabet[-1] == pad
-    for name, (*_, (tokens, _)) in zip(("pre-trained", "fine-tuned"), drawn[-3:]):
+    for name, (*_, (tokens, _)) in zip(("pre-trained", "fine-tuned"), drawn[-2:]):
         is_pad = tokens == alphabet.index(pad)
         is_inner = (is_pad[:, :-1] & ~is_pad[:, 1:]).any(dim=1)
         assert report[name]["inner pads"] == is_inner.double().mean().item() > 0

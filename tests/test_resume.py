@@ -34,7 +34,8 @@ def eventful(folder, *args):
     rows = ["".join(random.Random(i).choices("ACGT", k=8)) for i in range(12)]
     known.write_text("sample,reward\n" + "".join(f"{s},{s.count('T') / 8}\n" for s in rows))
     return [*TINY, "--task=toy", "--length=8", "--replay=1", "--dropout=0.1", "--save_every=0",
-            "--explore=0.5", reward, f"--known={known}", f"--out={folder / 'run'}", *args]
+            "--explore=0.5", "--denoise=0", reward, f"--known={known}", f"--out={folder / 'run'}",
+            *args]
 
 
 @pytest.fixture(scope="module")
@@ -48,13 +49,13 @@ def whole(tmp_path_factory):
 KILLS = {                       # phase, function, at which of its calls, before or after
     "in pre-training": ("pretrain", "train.step", 3, "after"),
     "between the phases": ("pretrain", "os.replace", 6, "after"),
-    "inside the reward": ("finetune", "own_reward.answer", 3, "before"),
-    "between answer and line": ("finetune", "own_reward.answer", 3, "after"),
+    "inside the reward": ("finetune", "own.answer", 3, "before"),
+    "between answer and line": ("finetune", "own.answer", 3, "after"),
     "after the line": ("finetune", "train.step", 2 * 4 + 1, "before"),
     "between updates": ("finetune", "train.step", 2 * 4 + 1, "after"),
-    "at the save": ("finetune", "os.replace", 2 * 2 + 1, "before"),
-    "between two saves": ("finetune", "os.replace", 2 * 2 + 1, "after"),
-    "in the report": ("finetune", "own_reward.answer", 4 + 2, "after")}
+    "at the save": ("finetune", "os.replace", 2 * 2 + 2, "before"),
+    "between two saves": ("finetune", "os.replace", 2 * 2 + 2, "after"),
+    "in the report": ("finetune", "own.answer", 4 + 2, "after")}
 UNANSWERED = {"inside the reward", "between answer and line", "in the report"}
 
 
@@ -79,7 +80,7 @@ def test_a_killed_run_resumes_to_the_same_numbers(point, whole, tmp_path):
 def test_a_run_killed_again_and_again_ends_with_the_same_numbers(tmp_path):
     """SIGKILL at random moments, each further than the one before, until the run is done."""
     args = ["--task=toy", "--length=4", *TINY, "--pretrain_iters=30", "--iters=8",
-            "--save_every=0", "--denoise=2", "--dropout=0.1"]
+            "--save_every=0", "--replay=1", "--denoise=9", "--dropout=0.1"]
     train.main([*args, f"--out={tmp_path / 'whole'}"])
     out, chance, n_kills = tmp_path / "killed", random.Random(0), 0
     process, = launch(tmp_path, quick_main, [*args, f"--out={out}"])
@@ -280,8 +281,8 @@ def test_metrics_are_of_the_rollouts_of_both_processes_which_differ(pair):
     for i, line in enumerate(lines(out, "finetune"), 1):
         first, second = drawn[i]
         assert not torch.equal(first["tokens"], second["tokens"])
-        reward = torch.cat((first["reward"], second["reward"]))
-        log_ratio = torch.cat((first["log_ratio"], second["log_ratio"]))
+        reward, log_ratio = (torch.cat([old[name][old["is_own"]] for old in (first, second)])
+                             for name in ("reward", "log_ratio"))
         assert line["reward"] == pytest.approx(reward.mean().item(), abs=1e-12)
         assert line["reward_std"] == pytest.approx(reward.std(correction=0).item(), abs=1e-12)
         assert line["kl"] == pytest.approx(log_ratio.mean().item(), abs=1e-12)
@@ -302,7 +303,7 @@ def test_two_processes_ask_no_sample_twice(pair):
 def test_a_killed_run_of_two_processes_resumes_to_the_same_numbers(pair, tmp_path):
     """The second process is killed inside the reward, in the third rollout; torchrun resumes."""
     folder = tmp_path / "folder"
-    killed(tmp_path, eventful(folder, "--prompts=2"), "finetune", "own_reward.answer", 3, "before",
+    killed(tmp_path, eventful(folder, "--prompts=2"), "finetune", "own.answer", 3, "before",
            n=2)
     assert len(lines(folder / "run", "finetune")) == 2
     before = set(chain(*asked(folder)[-2:]))

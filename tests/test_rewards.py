@@ -11,14 +11,14 @@ import re
 from decimal import Decimal
 from fractions import Fraction
 
-import numpy
+import numpy as np
 import pytest
 import torch
 
 import rewards
 from diffusion import Absorbing, Uniform
 from rewards import (TASKS, TOY_STEP, BadInput, Own, RewardLog, Task, measured, open_task, query,
-                     read_known, split_windows, true_activity)
+                     read_known, read_sequences, split_windows, true_activity)
 
 toy, dna, arithmetic, text, ehrlich = (TASKS[name]() for name in TASKS)
 THREE = ["AC", "GT", "AA"]              # samples to ask about
@@ -109,9 +109,9 @@ def test_pads_are_no_part_of_a_sample(tmp_path):
     lambda s: (v for v in (1, 0, 0.5)), lambda s: map(float, (1, 0, 0.5)),
     lambda s: torch.tensor([1, 0, 0.5]), lambda s: torch.tensor([1, 0, 0.5], requires_grad=True),
     lambda s: list(torch.tensor([1, 0, 0.5])), lambda s: torch.tensor([1, 0, 0.5]).bfloat16(),
-    lambda s: numpy.array([1, 0, 0.5]), lambda s: list(numpy.array([1, 0, 0.5])),
-    lambda s: [numpy.bool_(True), numpy.int64(0), numpy.float16(0.5)],
-    lambda s: numpy.array([1, Fraction(0), Decimal("0.5")], dtype=object),
+    lambda s: np.array([1, 0, 0.5]), lambda s: list(np.array([1, 0, 0.5])),
+    lambda s: [np.bool_(True), np.int64(0), np.float16(0.5)],
+    lambda s: np.array([1, Fraction(0), Decimal("0.5")], dtype=object),
     lambda s: pytest.importorskip("pandas").Series([1, 0, 0.5], index=s)])
 def test_a_reward_may_return_any_numbers(reward):
     values, problem = query(reward, THREE)
@@ -119,9 +119,9 @@ def test_a_reward_may_return_any_numbers(reward):
 
 
 @pytest.mark.parametrize("answer", [
-    [1.0, 2.0], [1, 2, 3, 4], [], torch.zeros(3, 2), torch.zeros(3, 1), numpy.zeros((3, 1)),
+    [1.0, 2.0], [1, 2, 3, 4], [], torch.zeros(3, 2), torch.zeros(3, 1), np.zeros((3, 1)),
     [0.1, 0.2, "high"], ["1", "2", "3"], [0.1, 10 ** 400, 0.2], [1, 1j, 2], None, dict(AC=1, GT=2, AA=3),
-    {1.0, 2.0, 3.0}, b"abc", "123", 1.0, torch.tensor(1.0), numpy.float64(1)], ids=repr)
+    {1.0, 2.0, 3.0}, b"abc", "123", 1.0, torch.tensor(1.0), np.float64(1)], ids=repr)
 def test_a_faulty_answer_is_refused(answer):
     """It is no list of one number per sample; --on_error, which is for samples, does not help."""
     for catch in (False, True):
@@ -310,11 +310,49 @@ def test_known_rewards_come_from_tables_and_from_other_runs(content, tmp_path):
     assert values.tolist() == [0, -2] and values.dtype == torch.double
 
 
+@pytest.mark.parametrize("content, message", [
+    ("@read 1\nACGT\n+\nIIII\n", "it looks like FASTQ: .*awk 'NR % 4 == 2'"),
+    ('{"sample": "ACGT"}\n', "it looks like JSON"), ('["ACGT", "AC"]\n', "it looks like JSON"),
+    ("# mine\nACGT\n", "line 1 looks like a comment"), ("AC\n#\nAC", "line 2 looks like"),
+    ("by hand\n>1\nACGT\n", "other lines before the first >"),
+    ("id,seq\n1,ACGT\n2,AC\n", "every line holds a ',', .*cut -d','"),
+    ("ACGT;1\nAC;2\n", "every line holds a ';'"), ("ACGT,\nAC,\n", "every line holds a ','")])
+def test_other_formats_are_not_learned_as_letters(content, message, tmp_path):
+    with pytest.raises(BadInput, match=message):
+        read_sequences(write(tmp_path, content, "data.txt"))
+
+
+def test_what_is_no_other_format_is_read(tmp_path):
+    def read(content, **options):
+        return read_sequences(write(tmp_path, content, "data.txt"), **options)
+    assert read("; a comment\n>1\nAC\n; another\nGT\n>2\nA\n") == ["ACGT", "A"]
+    assert read("a,b\nc,d", alphabet="abcd,") == ["a,b", "c,d"] == read("a,b\nc,d", crop=True)
+    assert read("a,b\ncd\n[O-]C#N") == ["a,b", "cd", "[O-]C#N"]
+
+
+def test_the_users_code_leaves_no_trace(tmp_path, capsys):
+    """Neither in random numbers, grad mode, dtype or folder; also where it raises."""
+    def reward(samples):
+        torch.manual_seed(1), np.random.seed(1), random.seed(1), os.chdir(tmp_path)
+        torch.set_default_dtype(torch.double), torch.set_grad_enabled(False)
+        print("hello")
+        return [float(samples[0] == "AAC")] if len(samples) == 1 else 1 / 0
+
+    def state():
+        return (torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(),
+                random.getstate(), os.getcwd(), torch.get_default_dtype(), torch.is_grad_enabled())
+    before = state()
+    assert query(reward, ["AAC"]) == ([1.0], "") and state() == before
+    with pytest.raises(RuntimeError):
+        query(reward, ["AAC", "CCC"])
+    assert state() == before and capsys.readouterr().out == ""
+
+
 def test_contradictory_known_rewards_count_by_their_mean_and_are_counted(tmp_path, capsys):
     content = "sample,reward\nAAC,1\nCCC,2\nAAC,4\nCCC,2\nAAC,4\n"
     tokens, values = read_known(Count(), write(tmp_path, content, "known.csv"))
     assert Count().decode(tokens) == ["AAC", "CCC"] and values.tolist() == [3, 2]
-    assert "--known: 1 samples have several rewards" in capsys.readouterr().err
+    assert "--known: 2 samples; 1 of them have unequal rewards" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("content, message", [
@@ -702,7 +740,7 @@ def test_flags_depend_on_the_number_of_letters(n, line, flags, tmp_path):
     ("ACGT\nAC-T\n", dict(pad="-"), "--pad=-: one letter is needed"),
     ("ACGT\nACGTA\n", {}, "sequence 2: 'ACGTA' has 5 letters, the task 4"),
     ("ACG\nAC\n", dict(crop=True), "no sequence has 4 known letters in a row"),
-    ("@read\nACGT\n+\nFFFF\n", {}, "sequence 1: '@' at position 1 of '@READ' is not in 'ACGT"),
+    ("@read\nACGT\n+\nFFFF\n", {}, "it looks like FASTQ"),
     (">x\nACGT\n>y\nAC\nXT\n", {}, "sequence 2: 'X' at position 3 of 'ACXT' is not in 'ACGT'"),
     (">x\nACGT\n>y\n>z\nACGT\n", {}, "sequence 2 is empty"),
     ("ACGT\nA_GT\n", {}, "sequence 2: '_' at position 2 of 'A_GT' is not in"),

@@ -61,6 +61,7 @@ def rollout_of(tokens, reward, log_ratio=None, iter=1):
     """Samples with rewards [P, G] and log-ratios [P, G]."""
     log_ratio = torch.zeros_like(reward) if log_ratio is None else log_ratio
     return sepo.Rollout(iter=iter, tokens=tokens, given=tokens < 0, reward=reward.double(),
+                        is_own=torch.ones_like(reward, dtype=torch.bool),
                         log_ratio=log_ratio.double(), log_ref=torch.zeros_like(reward))
 
 
@@ -682,6 +683,8 @@ def test_the_distance_is_zero_at_the_optimum_and_one_where_one_sample_has_all_we
              rollout_of(tokens[:1], torch.tensor([[7 + 2 * beta * log2]]),
                         torch.tensor([[3 + log2]]))]
     assert sepo.distance(parts, beta) == pytest.approx(1 / 25)
+    parts[0].is_own = torch.tensor([[False, True]])             # weights 2 : 2 of its own are equal
+    assert sepo.distance(parts, beta) == pytest.approx(0, abs=1e-6)
     _, _, path, R, log_ratio, beta, _ = optimum()
     tokens = torch.zeros(R.numel(), 3, dtype=torch.long)
     assert sepo.distance([rollout_of(tokens, R, log_ratio)], beta) == pytest.approx(0, abs=1e-6)

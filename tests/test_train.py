@@ -43,8 +43,9 @@ def test_a_run_leaves_its_files_and_says_what_to_type_next(toy):
     assert (out / "curve.png").read_bytes()[:4] == b"\x89PNG"
     assert f"python sample.py --run={out}" in printed.splitlines()[-1]
     assert "share_of_optimum" in printed and "finetune" in printed
+    assert "best of 16 is not shown: 5 groups are too few; --report_samples=64 has 16" in printed
     report = json.loads((out / "report.json").read_text())
-    assert set(report) == {"data", "pre-trained", "fine-tuned", "best of 16"}
+    assert set(report) == {"data", "pre-trained", "fine-tuned"}
     assert not any("inner pads" in row for row in report.values())
 
 
@@ -137,7 +138,7 @@ def test_tasks_beyond_the_toy_run_resume_and_are_sampled(task, columns, tmp_path
     run(tmp_path, task=task)
     text = (tmp_path / "report.json").read_text()
     report = json.loads(text)
-    assert set(report) == {"data", "pre-trained", "fine-tuned", "best of 16"}
+    assert set(report) == {"data", "pre-trained", "fine-tuned"}
     assert all(columns - {"held_out_reward"} <= set(row) and 0 < row["distinct"] <= 1
                for row in report.values())
     measured = [bool(columns) and columns <= set(line) for line in lines(tmp_path, "finetune")]
@@ -260,7 +261,7 @@ def test_a_replayed_path_is_scored_by_the_current_model(events, tmp_path, monkey
     expected = path.per_sequence(path.logp) - log_ref
     assert torch.allclose(worth[3][2].flatten(), expected, atol=1e-5) and expected.abs().max() > 0.1
     old, = (old for old in rollouts(tmp_path) if old["iter"] == 2)
-    tokens, _, path = drawn[1][-1]
+    tokens, *_, path = drawn[1][-1]
     log_ref = path.per_sequence(of(reference.state_dict(), path))
     assert torch.equal(old["tokens"], tokens) and torch.allclose(old["log_ref"][0], log_ref)
     assert torch.allclose(old["log_ratio"][0], path.per_sequence(path.logp) - log_ref)
@@ -312,14 +313,27 @@ def test_explored_rows_keep_most_of_what_they_came_from(tmp_path, monkeypatch):
     assert 0 < n_free.sum() and (n_free < 25).all()         # of 30, each with chance 0.5 at most
 
 
+def test_what_is_logged_is_of_the_policys_own_samples(tmp_path, monkeypatch):
+    """Not of the explored ones, of which a half of the second rollout is made."""
+    set_two(monkeypatch, share_of("C"), "ACGT", 9, exact=False)
+    monkeypatch.setattr(train, "measured", lambda task, samples: dict(n=len(samples)))
+    first, second = run(tmp_path, "--explore=0.5", "--iters=2", "--eval_every=1")[-2:]
+    old = rollouts(tmp_path)[1]
+    assert old["is_own"].tolist() == [[False] * 4 + [True] * 4]
+    assert second["reward"] == pytest.approx(old["reward"][0, 4:].mean().item())
+    assert second["kl"] == pytest.approx(old["log_ratio"][0, 4:].mean().item())
+    assert (first["n"], second["n"]) == (8, 4)
+
+
 @pytest.mark.parametrize("returns, is_best", [
     ([3], True), ([0, 3], True), ([5, 0, 2], False), ([5, 0, 4], False), ([5, 0, 6], True)])
 def test_the_best_policy_is_that_of_the_highest_mean_return_in_a_row(returns, is_best):
     """Of two rollouts in a row; a return is the reward minus beta = 2 times the log-ratio 1. Known
     samples are no policy's."""
     def rollout(iter, value):
-        columns = torch.zeros(1, 2), torch.zeros(1, 2), torch.full((1, 2), value).double()
-        return sepo.Rollout(iter, None, None, columns[0] + 1, *columns[1:])
+        reward = torch.tensor([[value, -99.0]]).double()        # the second is not its own
+        is_own, one = torch.tensor([[True, False]]), torch.ones(1, 2)
+        return sepo.Rollout(iter, None, None, is_own, one, one, reward)
     buffer = [rollout(0, 99.0)] + [rollout(i, value + 2.0) for i, value in enumerate(returns, 1)]
     assert train.is_best(buffer, beta=2.0, n=2) == is_best
 
