@@ -670,9 +670,9 @@ def check(parser, args, task):
     refuse(not all(number >= 0 for number in numbers) or math.inf in (args.beta, args.lr),
            "--beta and --lr must be at least 0, as --clip, --min_ess, --explore, --dropout, "
            "--steps, --replay, --micro_batch and --denoise")
-    refuse(args.explore > 1 or args.dropout >= 1 or not 0 < args.corrector_t < 1
-           or not math.isfinite(args.on_error or 0), "--explore must be at most 1, --dropout below "
-           "1, --corrector_t between 0 and 1, and --on_error a finite number")
+    refuse(max(args.explore, args.dropout) >= 1 or not 0 < args.corrector_t < 1
+           or not math.isfinite(args.on_error or 0), "--explore and --dropout must be below 1, "
+           "--corrector_t between 0 and 1, and --on_error a finite number")
     refuse(args.prompts % WORLD_SIZE or args.pretrain_batch % WORLD_SIZE,
            f"--prompts and --pretrain_batch must be multiples of {WORLD_SIZE}")
     refuse(args.n_embd % args.n_head or args.n_embd % 2,
