@@ -179,7 +179,8 @@ def query(reward, samples, catch=False):
         raise
     except (Exception, SystemExit) as error:
         if not catch:
-            raise RuntimeError("the reward raised an exception") from error
+            empty = " (one of its samples is empty)" if "" in samples else ""
+            raise RuntimeError(f"the reward raised an exception{empty}") from error
         if len(samples) == 1:
             return [math.nan], f"the reward of {samples[0]!r} raised {error!r:.80}"
         values, problems = zip(*(query(reward, [sample], catch) for sample in samples))
@@ -203,14 +204,23 @@ RESERVED = {"iter", "phase", "queries", "failed", "reward", "reward_std", "best"
             "clip_fraction", "grad_norm"}           # columns of metrics.jsonl
 
 
-def measured(task, samples):
-    """What the task measures of samples -> {column: float}; raises BadInput."""
-    with users_code():
-        columns = task.measure(samples)
+def measured(task, samples, catch=False):
+    """What the task measures of samples -> {column: float; None for NaN and infinity}. Raises
+    BadInput. catch: what measure raises is a warning, and the task measures nothing from then on.
+    """
+    try:
+        with users_code():
+            columns = task.measure(samples)
+    except Exception as error:
+        if not catch:
+            raise
+        print(f"warning: measure raised {error!r:.80}: its columns are left out", file=sys.stderr)
+        task.measure = lambda samples: {}
+        return {}
     try:
         values = {str(name): float(value) for name, value in columns.items()}
         if RESERVED.isdisjoint(values):
-            return values
+            return {name: x if math.isfinite(x) else None for name, x in values.items()}
     except (AttributeError, TypeError, ValueError):
         pass
     raise BadInput(f"measure returned {columns!r:.80}: {{column: number}} is needed, and other "
@@ -290,7 +300,8 @@ def read_known(task, file):
         lines = RewardLog(Path(file), is_writer=False).lines
         rows = [line for line in lines if not line.get("failed")]
     else:
-        delimiter = "\t" if "\t" in text.partition("\n")[0] else ","
+        head = text.partition("\n")[0]
+        delimiter = next((mark for mark in "\t;" if mark in head), ",")
         rows = csv.DictReader(text.splitlines(), delimiter=delimiter, skipinitialspace=True)
     found = {}                                          # a sample may have several rewards
     for i, row in enumerate(rows, 1):
@@ -701,6 +712,8 @@ def read_sequences(file, crop=False, alphabet=""):
         raise BadInput(f"line {spaced[0]} holds white space. If names follow the sequences, keep "
                        "the first column: cut -f1 (or cut -d' ' -f1). If it is a running text, cut "
                        "windows with --crop; or give an --alphabet with a space")
+    if not content:
+        raise BadInput("it is empty")
     if "" in sequences:
         raise BadInput(f"sequence {sequences.index('') + 1} is empty")
     return sequences

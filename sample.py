@@ -170,7 +170,8 @@ def read_prompts(task, text, prompts, n):
         if task.pad and task.pad in text.rstrip(task.pad):
             raise BadInput(f"the pad {task.pad} can only stand at the end")
     except BadInput as error:
-        raise BadInput(f"--prompt={text}: {error}; {task.blank} is a free position") from None
+        raise BadInput(f"--prompt={text}: {error}; {task.blank} is a free position, as in "
+                       f"{text[:task.length].ljust(task.length, task.blank)}") from None
     return prompt
 
 # -----------------------------------------------------------------------------
@@ -233,7 +234,7 @@ def report(args, task, process, exact, reference, model, log):
         samples = task.strings(tokens)
         reward = log.query(task.reward, samples, stage=f"report {name}")
         error = reward.std().item() / math.sqrt(len(samples)) if len(samples) > 1 else None
-        more |= diversity(task, samples) | measured(task, samples)
+        more |= diversity(task, samples) | measured(task, samples, catch=True)
         if task.pad:                                    # the reward sees such samples without them
             inner = [task.pad in string.rstrip(task.pad) for string in task.decode(tokens)]
             more["inner pads"] = sum(inner) / len(inner)
@@ -288,11 +289,12 @@ def plot_curve(args):
     usual = {"phase", "iter", "queries"}.union(*panels)
     panels.append(sorted(set().union(*lines) - usual))  # the task's own columns
     figure = Figure(figsize=(13, 6))
-    figure.suptitle(f"{args.task}, {args.algo}, beta {args.beta:g}")
+    figure.suptitle(f"{args.task}, {args.algo}, beta {args.beta:g}; means over the policy's own "
+                    "samples of a rollout")
     for i, (axis, keys) in enumerate(zip(figure.subplots(2, 3).flat, panels)):
         x = "kl" if i == 1 else "queries"
         for key in keys:
-            points = [(line[x], line[key]) for line in lines if key in line]
+            points = [(line[x], line[key]) for line in lines if line.get(key) is not None]
             if points:
                 label = key.replace("_", " ")
                 axis.plot(*zip(*points), "." if i == 1 else ".-", ms=3, label=label)

@@ -28,6 +28,11 @@ import torch.distributed as dist
 import torch.distributed.nn         # see setup
 from tqdm import tqdm
 
+try:
+    import fcntl
+except ImportError:                 # Windows
+    fcntl = None
+
 import sample
 import sepo
 from diffusion import CHAINS
@@ -173,7 +178,12 @@ def run(args, task):
         task.held = task.data
     log = open_folder(args, task)
     if known:                                           # these samples are not queried
-        log.reward_of |= zip(task.strings(known[0]), known[1].tolist())
+        table = dict(zip(task.strings(known[0]), known[1].tolist()))
+        unlike = sum(table.get(s, r) != r for s, r in log.reward_of.items())
+        if unlike and MASTER:
+            print(f"warning: for {unlike} samples the reward is not what --known says",
+                  file=sys.stderr)
+        log.reward_of |= table
     save_config(args)
     if not source:
         pretrain(args, task, process, model)
@@ -262,6 +272,8 @@ def finetune(args, task, process, model, reference, exact, log, known):
         failed = log.failed.intersection(samples)
         if MASTER and i == 0:
             advise(args, rewards.flatten()[[s not in failed for s in samples]])
+        if MASTER and i + 1 == args.iters // 2:
+            advise_halfway(buffer)
 
         # 3. learn: from the new rollout, then from remembered samples along new paths
         clipped, norms = [], []
@@ -302,7 +314,7 @@ def is_best(buffer, beta, n=10):
 def evaluate(task, process, model, drawn, log):
     """What the task measures of the policy's latest samples, and the reward on held-out prompts."""
     own = torch.cat([rollout.tokens[rollout.is_own.flatten()] for rollout in drawn])
-    metrics = measured(task, task.strings(own))
+    metrics = measured(task, task.strings(own), catch=True)
     if task.has_prompts:
         prompts = task.prompts(task.held[:256])[RANK::WORLD_SIZE]
         tokens, _ = process.sample(model, len(prompts), task.length, prompts)
@@ -401,12 +413,16 @@ def announce(args, task, device, is_exact):
 
 def advise(args, rewards):
     """Tell the user after the first rollout what cannot work, and what can be done now."""
-    if not len(rewards):                                # all failed
+    if len(rewards) < 8:                                # too few, or nearly all failed
         return
     spread = rewards.std(correction=0).item()
     equal = (rewards == rewards.median()).double().mean().item()
+    rest = rewards[rewards > rewards.min()]
     advice = ""
-    if equal > 0.8:
+    if len(rest) > 1 and 0 < rest.std().item() < spread / 100:
+        advice = (f"{rewards.min():g} is far below all others: a penalty that is nearer to them "
+                  "would leave more to learn from")
+    elif equal > 0.8:
         advice = f"{equal:.0%} are equal: a finer reward would tell more"
     elif args.beta > spread or args.beta < spread / 100:
         advice = (f"they spread by {spread:.3g}, and one nat of KL costs --beta={args.beta:g}: "
@@ -414,6 +430,18 @@ def advise(args, rewards):
                   f"{args.out}/pretrained.pt --known={args.out}/rewards.jsonl, another --out")
     if advice:
         print(f"warning: the rewards of the first rollout: {advice}", file=sys.stderr)
+
+
+def advise_halfway(buffer):
+    """Tell the user if the first fifth of the rollouts and the last do not differ in reward."""
+    rewards = [old.reward[old.is_own] for old in buffer if old.iter]
+    n = max(1, len(rewards) // 5)
+    first, last = torch.cat(rewards[:n]), torch.cat(rewards[-n:])
+    error = (first.var() / len(first) + last.var() / len(last)).sqrt()
+    if last.mean() <= first.mean() + error:
+        print(f"warning: after half of the rollouts the mean reward is {last.mean():.3g}, and was "
+              f"{first.mean():.3g} at first: try a smaller --beta, a larger --group, or a reward "
+              "that tells more", file=sys.stderr)
 
 # -----------------------------------------------------------------------------
 # optimizer steps, processes, seeds
@@ -494,7 +522,7 @@ def log_metrics(args, bar, **metrics):
     last.pt is written again."""
     if not math.isfinite(metrics["grad_norm"]):
         raise BadInput(f"a gradient of iteration {metrics['iter']} is not finite: try a smaller "
-                       "learning rate; last.pt is older, and good")
+                       "learning rate, or rewards nearer to 1; last.pt is older, and good")
     if MASTER:
         shown = {"loss", "reward", "best", "kl", "share_of_optimum"} & metrics.keys()
         bar.set_postfix({name: metrics[name] for name in sorted(shown)}, refresh=False)
@@ -507,13 +535,25 @@ def flags_of(args):
     return {name: value for name, value in asdict(args).items() if name not in PASSING}
 
 
+def hold(folder):
+    """Lock the folder of a run until this process ends; BadInput if another process has it."""
+    if fcntl:
+        file = os.open(folder / "lock", os.O_CREAT | os.O_RDWR)
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise BadInput(f"another process runs in {folder}") from None
+
+
 def open_folder(args, task):
     """The folder of a new run, or with --resume of the one to go on with -> its RewardLog.
 
     Before anything is written, the reward and the task's measure are tried on two samples."""
     file = args.out / "rewards.jsonl"
     if args.resume:
-        if MASTER:                                      # what was logged after the last checkpoint
+        if MASTER:
+            hold(args.out)
+            # what was logged after the last checkpoint goes
             log_size = checkpoint_of(args).get("log_size", 0)
             os.truncate(args.out / "metrics.jsonl", log_size)
         return RewardLog(file, args.on_error, MASTER)
@@ -525,6 +565,7 @@ def open_folder(args, task):
     measured(task, samples)
     if MASTER:
         args.out.mkdir(parents=True, exist_ok=True)
+        hold(args.out)
         if file.exists():                               # of an overwritten run: it was paid for
             file.rename(args.out / f"rewards-{time.time_ns()}.jsonl")
         for name in ("config.json", "last.pt", "pretrained.pt", "finetuned.pt", "best.pt",

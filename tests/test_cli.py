@@ -6,6 +6,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 import traceback
 from dataclasses import fields
 from pathlib import Path
@@ -14,10 +16,11 @@ import pytest
 import torch
 
 import sample
+import sepo
 import train
 from diffusion import Absorbing
-from helpers import (TINY, captured, fails, launch, lines, queried, run, same, saved_as, set_two,
-                     share_of, weights)
+from helpers import (ROOT, TINY, captured, fails, launch, lines, queried, run, same, saved_as,
+                     set_two, share_of, weights)
 from helpers import toy, two  # noqa: F401  (fixtures)
 from rewards import TASKS, BadInput
 
@@ -186,13 +189,47 @@ def test_rewards_far_from_the_data_are_noticed(share, is_told, capsys):
 def test_a_beta_that_cannot_work_is_noticed(beta, is_told, capsys):
     """The rewards 0 and 10 deviate by 5 from their mean: beta is to be between a hundredth of it
     and all of it; better between a quarter and a half."""
-    train.advise(flags(beta=beta), torch.tensor([0.0, 10.0]).double())
+    train.advise(flags(beta=beta), torch.tensor([0.0, 10.0] * 4).double())
     err = capsys.readouterr().err
     assert (f"they spread by 5, and one nat of KL costs --beta={beta:g}: --beta=1.2 to 2.5 may do "
             "better, with --init=nowhere/pretrained.pt --known=nowhere/rewards.jsonl, another "
             "--out\n" in err) == is_told
     train.advise(flags(beta=beta), torch.zeros(0).double())     # all failed
     assert not capsys.readouterr().err
+
+
+def test_a_penalty_far_below_all_others_is_named(capsys):
+    """One of ten earns -1e9, the others between 0 and 1; with 0 for it all is well."""
+    for penalty, is_told in ((-1e9, True), (0, False)):
+        train.advise(flags(), torch.tensor([penalty, *torch.linspace(0, 1, 9)]).double())
+        err = capsys.readouterr().err
+        assert ("-1e+09 is far below all others" in err) == is_told and "--beta" not in err
+
+
+@pytest.mark.parametrize("gain, is_told", [(0.0, True), (0.1, True), (0.5, False)])
+def test_a_run_that_has_gained_nothing_halfway_gets_a_line(gain, is_told, capsys):
+    """Rewards 0 and 1; after ten rollouts of eight the first two and the last two are compared:
+    0.5 +- 0.18. What was known or recombined does not count."""
+    R, own = torch.tensor([[0.0, 1.0] * 4 + [9.0]]), torch.tensor([[True] * 8 + [False]])
+    buffer = [sepo.Rollout(i, None, None, own, None, None, (R + gain * (i > 8)).double())
+              for i in range(11)]
+    train.advise_halfway(buffer)
+    err = capsys.readouterr().err
+    assert ("after half of the rollouts the mean reward is" in err) == is_told
+    assert (", and was 0.5 at first" in err) == is_told
+
+
+def test_a_second_run_in_one_folder_is_refused(tmp_path):
+    """By its lock, which another process holds."""
+    import fcntl
+    lock = open(tmp_path / "lock", "w")
+    fcntl.lockf(lock, fcntl.LOCK_EX)
+    code = ("import pathlib, sys, train\n"
+            "try: train.hold(pathlib.Path(sys.argv[1]))\n"
+            "except train.BadInput as error: print(error)")
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert done.stdout == f"another process runs in {tmp_path}\n", done.stderr
 
 
 def test_the_advice_can_be_taken(tmp_path, capsys):

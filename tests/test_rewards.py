@@ -185,6 +185,17 @@ def test_what_measure_must_not_return(columns):
         measured(task, ["A"])
     task.measure = lambda samples: {"x": len(samples), "y": torch.tensor(0.5)}
     assert measured(task, ["A"]) == {"x": 1.0, "y": 0.5} and measured(toy, ["A"]) == {}
+    task.measure = lambda samples: {"x": math.nan, "y": 2}
+    assert measured(task, ["A"]) == {"x": None, "y": 2}
+
+
+def test_measure_that_raises_is_warned_of_once(capsys):
+    task = Count()
+    task.measure = lambda samples: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        measured(task, ["A"])
+    assert [measured(task, ["A"], catch=True) for _ in range(2)] == [{}, {}]
+    assert capsys.readouterr().err.count("measure raised ZeroDivisionError") == 1
 
 # -----------------------------------------------------------------------------
 # the file of rewards
@@ -744,7 +755,7 @@ def test_flags_depend_on_the_number_of_letters(n, line, flags, tmp_path):
     (">x\nACGT\n>y\nAC\nXT\n", {}, "sequence 2: 'X' at position 3 of 'ACXT' is not in 'ACGT'"),
     (">x\nACGT\n>y\n>z\nACGT\n", {}, "sequence 2 is empty"),
     ("ACGT\nA_GT\n", {}, "sequence 2: '_' at position 2 of 'A_GT' is not in"),
-    (">a\n>b\nACGT\n", {}, "sequence 1 is empty"), ("\n \n", {}, "sequence 1 is empty"),
+    (">a\n>b\nACGT\n", {}, "sequence 1 is empty"), ("\n \n", {}, "it is empty"),
     (b"\xff\xfe\x00A", {}, "it cannot be read as text"), (None, {}, "cannot be .*No such file")])
 def test_files_that_cannot_be_used_get_a_line(content, more, message, tmp_path):
     file = write(tmp_path, content)

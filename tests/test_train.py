@@ -39,7 +39,7 @@ def test_a_run_leaves_its_files_and_says_what_to_type_next(toy):
     out, printed = toy
     assert {file.name for file in out.iterdir()} == {
         "config.json", "metrics.jsonl", "rewards.jsonl", "pretrained.pt", "finetuned.pt", "last.pt",
-        "best.pt", "curve.png", "report.json"}
+        "best.pt", "curve.png", "report.json", "lock"}
     assert (out / "curve.png").read_bytes()[:4] == b"\x89PNG"
     assert f"python sample.py --run={out}" in printed.splitlines()[-1]
     assert "share_of_optimum" in printed and "finetune" in printed
@@ -316,7 +316,7 @@ def test_explored_rows_keep_most_of_what_they_came_from(tmp_path, monkeypatch):
 def test_what_is_logged_is_of_the_policys_own_samples(tmp_path, monkeypatch):
     """Not of the explored ones, of which a half of the second rollout is made."""
     set_two(monkeypatch, share_of("C"), "ACGT", 9, exact=False)
-    monkeypatch.setattr(train, "measured", lambda task, samples: dict(n=len(samples)))
+    monkeypatch.setattr(train, "measured", lambda task, samples, catch: dict(n=len(samples)))
     first, second = run(tmp_path, "--explore=0.5", "--iters=2", "--eval_every=1")[-2:]
     old = rollouts(tmp_path)[1]
     assert old["is_own"].tolist() == [[False] * 4 + [True] * 4]
