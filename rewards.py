@@ -730,10 +730,11 @@ def refuse_other_formats(content, crop, alphabet):
         raise BadInput("it looks like FASTA with other lines before the first >: remove these")
     if comments := [i for i, line in enumerate(lines, 1) if line.startswith("#")]:
         raise BadInput(f"line {comments[0]} looks like a comment: remove it, grep -v '^#'")
-    for mark in ",;|":
+    for mark in ',;|"':
         if lines and not crop and mark not in alphabet and all(mark in line for line in lines):
-            raise BadInput(f"every line holds a {mark!r}, as in a table: keep the sequences, such "
-                           f"as cut -d'{mark}' -f1, without a header; or name it in --alphabet")
+            raise BadInput(f"every line holds a {mark!r}, as in a table: keep the sequences alone, "
+                           f"such as cut -d'{mark}' -f1, without a header; or name the letter in "
+                           "--alphabet")
 
 
 def load_reward(name):

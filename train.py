@@ -435,7 +435,9 @@ def advise(args, rewards):
 def advise_halfway(buffer):
     """Tell the user if the first fifth of the rollouts and the last do not differ in reward."""
     rewards = [old.reward[old.is_own] for old in buffer if old.iter]
-    n = max(1, len(rewards) // 5)
+    n = len(rewards) // 5
+    if n < 2:                                           # too early to tell
+        return
     first, last = torch.cat(rewards[:n]), torch.cat(rewards[-n:])
     error = (first.var() / len(first) + last.var() / len(last)).sqrt()
     if last.mean() <= first.mean() + error:

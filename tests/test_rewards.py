@@ -327,7 +327,8 @@ def test_known_rewards_come_from_tables_and_from_other_runs(content, tmp_path):
     ("# mine\nACGT\n", "line 1 looks like a comment"), ("AC\n#\nAC", "line 2 looks like"),
     ("by hand\n>1\nACGT\n", "other lines before the first >"),
     ("id,seq\n1,ACGT\n2,AC\n", "every line holds a ',', .*cut -d','"),
-    ("ACGT;1\nAC;2\n", "every line holds a ';'"), ("ACGT,\nAC,\n", "every line holds a ','")])
+    ("ACGT;1\nAC;2\n", "every line holds a ';'"), ("ACGT,\nAC,\n", "every line holds a ','"),
+    ('"ACGT"\n"AC"\n', "every line holds a '\"'")])
 def test_other_formats_are_not_learned_as_letters(content, message, tmp_path):
     with pytest.raises(BadInput, match=message):
         read_sequences(write(tmp_path, content, "data.txt"))

@@ -316,7 +316,7 @@ def test_explored_rows_keep_most_of_what_they_came_from(tmp_path, monkeypatch):
 def test_what_is_logged_is_of_the_policys_own_samples(tmp_path, monkeypatch):
     """Not of the explored ones, of which a half of the second rollout is made."""
     set_two(monkeypatch, share_of("C"), "ACGT", 9, exact=False)
-    monkeypatch.setattr(train, "measured", lambda task, samples, catch: dict(n=len(samples)))
+    monkeypatch.setattr(train, "measured", lambda task, samples, catch=False: dict(n=len(samples)))
     first, second = run(tmp_path, "--explore=0.5", "--iters=2", "--eval_every=1")[-2:]
     old = rollouts(tmp_path)[1]
     assert old["is_own"].tolist() == [[False] * 4 + [True] * 4]
