@@ -86,7 +86,15 @@ def parser_of(flags, description, epilog=""):
     return parser
 
 
+def print_any_letter():
+    """A letter that the terminal cannot show is written as an escape."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):              # not if something else took its place
+            stream.reconfigure(errors="backslashreplace")
+
+
 def main(argv=None):
+    print_any_letter()
     parser = parser_of(Flags, __doc__)
     args = Flags(**vars(parser.parse_args(argv)))
     if args.n < 1 or args.temperature <= 0:

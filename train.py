@@ -141,6 +141,7 @@ FREE = PASSING | {"iters", "pretrain_iters", "save_every", "on_error", "device",
 # the story
 
 def main(argv=None):
+    sample.print_any_letter()
     try:
         run(*read_flags(argv))
     except (BadInput, OSError) as error:                # what the user can fix

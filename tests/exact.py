@@ -41,7 +41,8 @@ def sequences(V, L):
 
 def rank(tokens, V):
     """The place of each sequence [B, L] in sequences(V, L) -> [B]."""
-    return (tokens * V ** torch.arange(tokens.size(1) - 1, -1, -1)).sum(dim=1)
+    power = torch.arange(tokens.size(1) - 1, -1, -1, device=tokens.device)
+    return (tokens * V ** power).sum(dim=1)
 
 
 class Table(torch.nn.Module):

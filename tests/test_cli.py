@@ -219,6 +219,13 @@ def test_a_run_that_has_gained_nothing_halfway_gets_a_line(gain, is_told, capsys
     assert (", and was 0.5 at first" in err) == is_told
 
 
+def test_a_terminal_without_utf_8_shows_an_escape():
+    code = "import sample; sample.print_any_letter(); print('Aµ')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True,
+                          env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert done.stdout == b"A\\xb5\n", done.stderr
+
+
 def test_a_second_run_in_one_folder_is_refused(tmp_path):
     """By its lock, which another process holds."""
     import fcntl

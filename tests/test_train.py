@@ -376,6 +376,17 @@ def test_every_parameter_has_one_optimizer():
     assert all(o.param_groups[0]["weight_decay"] == 0.25 for o in (muon, adamw))
 
 
+def test_the_measurements_for_a_gpu_run_here(tmp_path):
+    """All parts of gpu.py but those that run train.py, and the slow one."""
+    printed = command(tmp_path, "tests/gpu.py", "--quick", f"--out={tmp_path}", "--parts", "samples",
+                      "updates_as_on_the_cpu", "ratios_at_the_start", "sampling", "updates")
+    assert "0 of 5 parts failed" in printed
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert all(row["p_value"] > 1e-4 for row in found["samples"])
+    assert all(row["gradient"] < 1e-3 for row in found["updates_as_on_the_cpu"]
+               if row["dtype"] == "float32")
+
+
 def test_prompts_are_not_noised_in_pre_training(tmp_path, monkeypatch):
     """The loss is given the positions of a+b=, of its own batch and of the held-out sequences."""
     losses = captured(monkeypatch, Absorbing, "loss")
