@@ -631,7 +631,7 @@ class Own(Task):
     crop: windows of `length` letters (64), which avoid letters that are not in the alphabet."""
 
     SMALL = dict(n_layer=2, n_embd=64, dropout=0.1, pretrain_iters=500)
-    LARGE = dict(n_layer=4, conv=7, pretrain_iters=2000, pretrain_batch=64)
+    LARGE = dict(n_layer=4, conv=7, pretrain_iters=3000, pretrain_batch=64)
 
     def __init__(self, file, length=0, alphabet="", pad="", crop=False):
         sequences = read_sequences(file, crop, alphabet)

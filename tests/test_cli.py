@@ -132,7 +132,7 @@ def test_the_size_of_the_network_follows_the_size_of_the_data(tmp_path):
                                     f"--reward={tmp_path / 'own.py'}:f"])
         assert (args.task, args.algo, args.lr, args.replay) == ("own", "sepo", 1e-3, 3)
         found.append((args.n_layer, args.n_embd, args.pretrain_iters))
-    assert found == [(2, 64, 500), (4, 128, 2000)]
+    assert found == [(2, 64, 500), (4, 128, 3000)]
 
 # -----------------------------------------------------------------------------
 # what the user is told
