@@ -166,7 +166,7 @@ def orthogonal(x):
 
 
 def make_optimizers(model, weight_decay=0.0):
-    """Muon for the matrices of the blocks, AdamW for all else: it halves the steps and more."""
+    """Muon for the matrices of the blocks, AdamW for all else: at least half the steps of AdamW."""
     matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
     others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
     return [Muon(matrices, weight_decay),

@@ -146,7 +146,8 @@ def users_code():
     they were."""
     state, folder, dtype = random.getstate(), os.getcwd(), torch.get_default_dtype()
     numpy_state, argv = np.random.get_state(), sys.argv
-    with redirect_stdout(sys.stderr), torch.random.fork_rng(), torch.set_grad_enabled(
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with redirect_stdout(sys.stderr), torch.random.fork_rng(devices), torch.set_grad_enabled(
             torch.is_grad_enabled()):
         try:
             sys.argv = argv[:1]
@@ -206,25 +207,25 @@ RESERVED = {"iter", "phase", "queries", "failed", "reward", "reward_std", "best"
 
 def measured(task, samples, catch=False):
     """What the task measures of samples -> {column: float; None for NaN and infinity}. Raises
-    BadInput. catch: what measure raises is a warning, and the task measures nothing from then on.
-    """
+    BadInput for what is no such dict. catch: a failure is a warning, and the task measures nothing
+    from then on."""
     try:
         with users_code():
             columns = task.measure(samples)
-    except Exception as error:
+        try:
+            values = {str(name): float(value) for name, value in columns.items()}
+        except (AttributeError, TypeError, ValueError):
+            values = None
+        if values is None or not RESERVED.isdisjoint(values):
+            raise BadInput(f"measure returned {columns!r:.80}: {{column: number}} is needed, and "
+                           f"other names than {', '.join(sorted(RESERVED))}")
+        return {name: x if math.isfinite(x) else None for name, x in values.items()}
+    except (Exception, SystemExit) as error:
         if not catch:
             raise
-        print(f"warning: measure raised {error!r:.80}: its columns are left out", file=sys.stderr)
+        print(f"warning: measure failed, its columns are left out: {error!r:.200}", file=sys.stderr)
         task.measure = lambda samples: {}
         return {}
-    try:
-        values = {str(name): float(value) for name, value in columns.items()}
-        if RESERVED.isdisjoint(values):
-            return {name: x if math.isfinite(x) else None for name, x in values.items()}
-    except (AttributeError, TypeError, ValueError):
-        pass
-    raise BadInput(f"measure returned {columns!r:.80}: {{column: number}} is needed, and other "
-                   f"names than {', '.join(sorted(RESERVED))}")
 
 
 class RewardLog:
@@ -297,8 +298,13 @@ def read_known(task, file):
     except (OSError, ValueError) as error:
         raise BadInput(f"--known={file} cannot be read: {error}") from None
     if text.startswith("{"):
-        lines = RewardLog(Path(file), is_writer=False).lines
-        rows = [line for line in lines if not line.get("failed")]
+        lines = text.splitlines()
+        if re.fullmatch(r"\{.*[^}]", lines[-1]):         # a kill may have torn it
+            lines.pop()
+        try:
+            rows = [row for row in map(json.loads, lines) if not row.get("failed")]
+        except (AttributeError, ValueError) as error:
+            raise BadInput(f"--known={file} is damaged: {error!r}") from None
     else:
         head = text.partition("\n")[0]
         delimiter = next((mark for mark in "\t;" if mark in head), ",")
@@ -726,9 +732,10 @@ def refuse_other_formats(content, crop, alphabet):
         raise BadInput("it looks like FASTQ: keep the sequences, awk 'NR % 4 == 2'")
     if content.startswith(('{"', '[{', '["')):
         raise BadInput("it looks like JSON: write one sequence per line")
-    if "\n>" in content:
+    if "\n>" in content and not crop:
         raise BadInput("it looks like FASTA with other lines before the first >: remove these")
-    if comments := [i for i, line in enumerate(lines, 1) if line.startswith("#")]:
+    comments = [i for i, line in enumerate(lines, 1) if line.startswith("#")]
+    if comments and not crop and "#" not in alphabet:
         raise BadInput(f"line {comments[0]} looks like a comment: remove it, grep -v '^#'")
     for mark in ',;|"':
         if lines and not crop and mark not in alphabet and all(mark in line for line in lines):

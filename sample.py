@@ -94,7 +94,6 @@ def print_any_letter():
 
 
 def main(argv=None):
-    print_any_letter()
     parser = parser_of(Flags, __doc__)
     args = Flags(**vars(parser.parse_args(argv)))
     if args.n < 1 or args.temperature <= 0:
@@ -350,4 +349,5 @@ def movie(task, tokens, path, rewards, file):
 
 
 if __name__ == "__main__":
+    print_any_letter()
     main()

@@ -43,7 +43,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from diffusion import device_of, every_sequence, gumbel_argmax, none_given, pick
+from diffusion import Absorbing, device_of, every_sequence, gumbel_argmax, none_given, pick
 
 # -----------------------------------------------------------------------------
 # what a sample is worth
@@ -220,16 +220,16 @@ def distance(rollouts, beta):
     1, where one sample has all weight, to 1/n, where all weights are equal: there it is p*."""
     log_w = torch.cat([(old.reward / beta - old.log_ratio)[old.is_own] for old in rollouts])
     lowest = 1 / len(log_w)
-    return (log_w.softmax(dim=0).square().sum().item() - lowest) / (1 - lowest)
+    return (log_w.softmax(dim=0).square().sum().item() - lowest) / max(1 - lowest, lowest)
 
 
 def target_weights(rollouts, beta, min_ess):
     """The distinct samples of rollouts [n, L], their rewards [n], and weights [n] of p* among them.
 
     A weight is p*(x) over the chance that x was seen at all, as in survey sampling (Horvitz and
-    Thompson, 1952): 1 - exp(-m), with m the number of times that its rollouts were to draw it. So
-    where all of a small space was seen it is p* itself; where nothing is seen twice it is the
-    importance weight exp(R / beta - log-ratio)."""
+    Thompson, 1952): 1 - exp(-m), with m the number of times that all rollouts were to draw it, were
+    they like those that did. So where all of a small space was seen it is p* itself; where nothing
+    is seen twice it is the importance weight exp(R / beta - log-ratio)."""
     tokens, which = torch.cat([old.tokens for old in rollouts]).unique(dim=0, return_inverse=True)
     count = which.bincount()                                                            # [n]
 
@@ -238,7 +238,7 @@ def target_weights(rollouts, beta, min_ess):
         return torch.zeros_like(count, dtype=torch.double).index_add(0, which, values) / count
 
     log_ref = mean(lambda old: old.log_ref)
-    log_m = count.log() + mean(lambda old: old.log_ref + old.log_ratio + math.log(len(old.tokens)))
+    log_m = mean(lambda old: old.log_ref + old.log_ratio) + math.log(len(which))
     log_seen = torch.where(log_m < -20, log_m, (-(-log_m.exp()).expm1()).log())
     reward = mean(lambda old: old.reward)
     return tokens, reward, wdce_weights(reward, log_seen - log_ref, beta, min_ess)
@@ -249,8 +249,8 @@ def remembered(past, seen, far):
     gives way to samples that p* would draw among all that was `seen`.
 
     Any group is allowed (see the header); this one shows the policy its own samples beside the best
-    ones known. Known samples come in by their weights only, or, where each prompt has its own, in
-    half of the rounds, so that they cannot crowd out those of the run."""
+    ones known. Known samples come in by their weights only, or, where there are none (with prompts,
+    or beta = 0), in half of the rounds, so that they cannot crowd out those of the run."""
     own = [old for old in past if old.iter]
     known = [old for old in past if not old.iter]
     rollout = random.choice(known if known and not seen and random.random() < 0.5 else own)
@@ -355,12 +355,20 @@ METHODS = {"sepo": policy_gradient, "loop": policy_gradient, "reinforce": policy
            "prdp": prdp, "wdce": wdce, "published": published}
 
 
+def can_weigh(args, process):
+    """Does the path of a sample tell how likely the sample is, and does anybody ask? A path of
+    random letters has many other states, and one after the corrector begins in its middle."""
+    is_asked = args.replay or args.algo == "wdce"
+    return args.beta and is_asked and isinstance(process, Absorbing) and not args.corrector_steps
+
+
 def learn(args, process, model, reference, rollout, path, past):
     """All (loss, clip_fraction) of an iteration: of its rollout, then of remembered samples, each
     time along new paths. past: all rollouts so far, this one among them."""
     far, seen = 0.0, None
-    if args.beta and not rollout.given.any():
-        far = distance([old for old in past if old.iter == rollout.iter], args.beta)
+    fresh = [old for old in past if old.iter == rollout.iter]       # of all processes
+    if can_weigh(args, process) and not any(old.given.any() for old in fresh):
+        far = distance(fresh, args.beta)
         seen = target_weights(past, args.beta, args.min_ess)
     method = METHODS[args.algo]
     yield from method(args, process, model, reference, rollout, path, seen)

@@ -6,9 +6,9 @@
     torchrun --nproc_per_node=4 train.py --task=dna --prompts=4
 
 A run writes to out/<task>: config.json, metrics.jsonl, curve.png, report.json, pretrained.pt,
-finetuned.pt, best.pt, the policy at the evaluation after the ten best rollouts in a row (by reward
-minus beta KL), rewards.jsonl, which keeps every reward that was queried, and last.pt, the
-checkpoint that --resume continues from.
+finetuned.pt, best.pt, the policy of the best evaluation (by the mean reward minus beta KL of ten
+iterations), rewards.jsonl, which keeps every reward that was queried, and last.pt, the checkpoint
+that --resume continues from.
 """
 import json
 import math
@@ -111,8 +111,8 @@ class Flags:
                                         # quarter to a half of the spread of your rewards
     replay: int = 3                     # rounds on remembered samples per rollout, each along new
                                         # paths; costs no reward
-    denoise: int = 14                   # updates of weighted denoising per rollout, among these
-                                        # rounds; fewer as the policy comes near the optimum
+    denoise: int = 14                   # updates of weighted denoising per rollout, at most, among
+                                        # these rounds; none when the policy is at the optimum
     known: str = ""                     # samples with known rewards to learn from: CSV or TSV with
                                         # columns sample and reward, or a rewards.jsonl
     min_ess: float = 32.0               # effective sample size of the weights of what was seen
@@ -141,7 +141,6 @@ FREE = PASSING | {"iters", "pretrain_iters", "save_every", "on_error", "device",
 # the story
 
 def main(argv=None):
-    sample.print_any_letter()
     try:
         run(*read_flags(argv))
     except (BadInput, OSError) as error:                # what the user can fix
@@ -269,6 +268,8 @@ def finetune(args, task, process, model, reference, exact, log, known):
         rewards = log.query(task.reward, samples, query_together, iter=i + 1)
         rewards = rewards.view(WORLD_SIZE, -1, args.group)
         drawn = [sepo.Rollout(i + 1, *part, R) for part, R in zip(parts, rewards)]
+        if not all(old.log_ratio.isfinite().all() for old in drawn):
+            raise BadInput("log-ratios are not finite: try a smaller --lr; last.pt is good")
         buffer += [rollout.to(path.x.device) for rollout in drawn]
         failed = log.failed.intersection(samples)
         if MASTER and i == 0:
@@ -292,7 +293,7 @@ def finetune(args, task, process, model, reference, exact, log, known):
         if (i + 1) % args.eval_every == 0 or is_last:
             metrics |= exact(model) if exact else {}
             metrics |= evaluate(task, process, model, drawn, log)
-            if is_best(buffer, args.beta):
+            if is_best(args, buffer):
                 save(args, task, model, "best.pt")
         log_metrics(args, bar, phase="finetune", iter=i + 1, **metrics)
         if is_time_to_save(args, is_last):
@@ -304,12 +305,15 @@ def finetune(args, task, process, model, reference, exact, log, known):
                 sample.plot_curve(args)
 
 
-def is_best(buffer, beta, n=10):
-    """Have the last n rollouts the highest J = E[R] - beta KL of all n in a row so far?"""
-    values = torch.stack([(old.reward - beta * old.log_ratio)[old.is_own].mean()
+def is_best(args, buffer):
+    """Has the policy the highest J = E[R] - beta KL of all evaluations so far? J is the mean of the
+    last ten iterations."""
+    values = torch.stack([(old.reward - args.beta * old.log_ratio)[old.is_own].mean()
                           for old in buffer if old.iter])
-    means = values.unfold(0, min(n, len(values)), 1).mean(dim=1)
-    return means.argmax() == len(means) - 1
+    values = values.view(-1, WORLD_SIZE).mean(dim=1)                            # [iterations]
+    ends = *range(args.eval_every, len(values), args.eval_every), len(values)
+    J = [values[max(0, end - 10):end].mean() for end in ends]
+    return J[-1] >= max(J)
 
 
 def evaluate(task, process, model, drawn, log):
@@ -365,8 +369,8 @@ def pick_rows(x, n):
 
 def as_rollouts(args, task, process, reference, tokens, rewards):
     """Samples of --known [n, L], as if the reference had drawn them -> list of Rollouts, each of
-    one prompt and some --group samples; a sample that is alone with its prompt is left out."""
-    seed_everything(args, "known", 0)
+    one prompt and about --group samples; a sample that is alone with its prompt is left out."""
+    torch.manual_seed(args.seed)                        # the same paths on every process
     given = task.given(tokens)
     path = process.path_to(tokens, given)
     log_ref = path.per_sequence(process.logp(reference, path))                          # [n]
@@ -434,7 +438,7 @@ def advise(args, rewards):
 
 
 def advise_halfway(buffer):
-    """Tell the user if the first fifth of the rollouts and the last do not differ in reward."""
+    """Tell the user if the last fifth of the rollouts has no more reward than the first."""
     rewards = [old.reward[old.is_own] for old in buffer if old.iter]
     n = len(rewards) // 5
     if n < 2:                                           # too early to tell
@@ -544,8 +548,10 @@ def hold(folder):
         file = os.open(folder / "lock", os.O_CREAT | os.O_RDWR)
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except (BlockingIOError, PermissionError):
             raise BadInput(f"another process runs in {folder}") from None
+        except OSError:                                 # a file system without locks
+            pass
 
 
 def open_folder(args, task):
@@ -729,9 +735,10 @@ def check(parser, args, task):
     refuse(is_wdce and (args.replay or args.corrector_steps or not is_absorb),
            "--algo=wdce learns from all, with --process=absorb: no --replay, no corrector")
     refuse(args.algo != "sepo" and args.clip_mode != "stop", "--clip_mode is for --algo=sepo")
-    refuse(args.algo == "published" and not is_absorb,
-           "--algo=published needs --process=absorb")
+    refuse(args.algo == "published" and (args.replay or not is_absorb),
+           "--algo=published needs --process=absorb and --replay=0")
 
 
 if __name__ == "__main__":
+    sample.print_any_letter()
     main()

@@ -58,6 +58,7 @@ def printed_rows(capsys):
     (["--algo=wdce", "--min_ess=nan"], "must be at least 0, as .*--min_ess"),
     (["--algo=loop", "--clip_mode=cap"], "--clip_mode is for --algo=sepo"),
     (["--algo=published", "--process=uniform"], "--algo=published needs --process=absorb"),
+    (["--algo=published", "--replay=1"], "--algo=published needs .* --replay=0"),
     (["--data=x.txt"], "--data brings its own task, .*: leave out --task"),
     (["--pad=N"], "--data brings its own task, with --alphabet, --pad and --crop"),
     (["--task=own"], "--data brings its own task"),

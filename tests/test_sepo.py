@@ -17,7 +17,7 @@ import estimators
 import sepo
 from diffusion import Absorbing, Path, Uniform
 from exact import (Table, chi_square, every_path, every_reveal, exact_p, gradient, kl, law_given,
-                   network, posterior_table, probability, random_law, sequences)
+                   network, posterior_table, probability, random_law, rank, sequences)
 
 KINDS = ["grpo", "loo"]
 PROMPT = torch.tensor([2, 1, 2])
@@ -54,6 +54,7 @@ def flags(**changes):
     """The flags of train.py that methods read."""
     return SimpleNamespace(**dict(algo="sepo", advantage="loo", beta=0.3, path_events=0, updates=1,
                                   clip=0.1, clip_mode="stop", replay=0, denoise=1,
+                                  corrector_steps=0,
                                   min_ess=1.0) | changes)
 
 
@@ -631,7 +632,7 @@ def test_weights_of_the_target_by_hand():
     effective sample size is at most half of the samples, whatever was asked."""
     tokens, reward, weights = sepo.target_weights([OLD, NEW], 2.0, 1)
     assert tokens.tolist() == [[0, 0], [0, 1], [1, 1]] and reward.tolist() == [1, 5, 3]
-    expected = 2 * torch.tensor([-0.9, -1.95, -2.7]).exp() * torch.tensor([1, 2, 1])
+    expected = 4 * torch.tensor([-0.9, -1.95, -2.7]).exp()      # times drawn, of four draws
     log_w = reward / 2 + torch.tensor([-1, -2.25, -3]) - (1 - (-expected).exp()).log()
     assert torch.allclose(weights, log_w.softmax(0), atol=1e-6)
     _, _, half = sepo.target_weights([OLD, NEW], 0.02, 3)
@@ -689,6 +690,28 @@ def test_the_distance_is_zero_at_the_optimum_and_one_where_one_sample_has_all_we
     tokens = torch.zeros(R.numel(), 3, dtype=torch.long)
     assert sepo.distance([rollout_of(tokens, R, log_ratio)], beta) == pytest.approx(0, abs=1e-6)
     assert sepo.distance([rollout_of(tokens, R, log_ratio)], beta / 1e9) == pytest.approx(1, abs=1)
+
+
+def test_weights_of_the_target_are_those_of_p_star_among_random_samples():
+    """80 rollouts of 32 from p_ref, 4,096 states; with a reward of 0 p* is p_ref. On average over
+    what is seen and what is not, a weight is p*: so their sums over halves of the space agree."""
+    torch.manual_seed(0)
+    law = random_law(2, 12, spread=2.0).double()                                        # [4096]
+    x, past = sequences(2, 12), []
+    for _ in range(80):
+        rows = torch.multinomial(law.float(), 32, replacement=True)
+        rollout = rollout_of(x[rows], torch.zeros(1, 32))
+        past.append(replace(rollout, log_ref=law[rows].log()[None]))
+    tokens, _, weights = sepo.target_weights(past, 1.0, 1)
+    for i in range(12):                             # some 1,000 states are seen: 0.03 at most
+        assert weights[tokens[:, i] == 0].sum() == pytest.approx(law[x[:, i] == 0].sum().item(),
+                                                                    abs=0.05)
+    assert (weights * law[rank(tokens, 2)].log()).sum() == pytest.approx(
+        (law * law.log()).sum().item(), abs=0.3)    # minus the entropy, nats
+
+
+def test_one_sample_of_its_own_is_a_distance_of_zero():
+    assert sepo.distance([rollout_of(torch.zeros(1, 1).long(), torch.ones(1, 1))], 0.1) == 0
 
 
 def seen_and_past():
@@ -770,8 +793,12 @@ def test_an_iteration_denoises_as_often_as_it_is_far(monkeypatch):
         assert scored is model and n == len(rollout.tokens)
         assert all(torch.equal(a, b) for a, b in zip(seen, whole))
     assert kinds(flags(replay=5, denoise=10, beta=0.0), past[1]) == "m" * 6
-    prompted = replace(past[1], given=torch.ones_like(rollout.given))
-    assert kinds(args, prompted) == "m" * 6 and drawn == [0.0] * 5 and not asked
+    assert sepo.can_weigh(args, Absorbing(2)) and not sepo.can_weigh(args, Uniform(2))
+    assert not sepo.can_weigh(flags(replay=5, corrector_steps=1), Absorbing(2))
+    assert not sepo.can_weigh(flags(replay=0), Absorbing(2))
+    assert sepo.can_weigh(flags(replay=0, algo="wdce"), Absorbing(2))
+    past[2] = replace(past[1], given=torch.ones_like(rollout.given))    # on another process
+    assert kinds(args, past[1]) == "m" * 6 and drawn == [0.0] * 5 and not asked
 
 # -----------------------------------------------------------------------------
 # off policy: remembered samples

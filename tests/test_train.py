@@ -98,7 +98,7 @@ def test_config_holds_the_flags_of_the_run(tmp_path):
     ["--algo=prdp", "--micro_batch=7"], ["--algo=published"], ["--algo=reinforce", "--conv=3"],
     ["--replay=2", "--path_events=0"], ["--replay=2", "--process=uniform"],
     ["--replay=1", "--algo=prdp"], ["--replay=1", "--algo=loop", "--explore=0.5"],
-    ["--replay=1", "--algo=published"], ["--algo=wdce"],
+    ["--algo=wdce", "--group=2"],
     ["--process=uniform", "--replay=2", "--denoise=0"],
     ["--process=uniform", "--corrector_steps=3", "--corrector_t=0.3", "--path_events=2"]])
 def test_every_choice_runs(extra, tmp_path):
@@ -326,21 +326,22 @@ def test_what_is_logged_is_of_the_policys_own_samples(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("returns, is_best", [
-    ([3], True), ([0, 3], True), ([5, 0, 2], False), ([5, 0, 4], False), ([5, 0, 6], True)])
-def test_the_best_policy_is_that_of_the_highest_mean_return_in_a_row(returns, is_best):
-    """Of two rollouts in a row; a return is the reward minus beta = 2 times the log-ratio 1. Known
-    samples are no policy's."""
+    ([3], True), ([0, 3], True), ([9, 0, 2], False), ([9, 0, 5], True), ([0, 0, 8, -4], True),
+    ([4, 3] + [0] * 9 + [4] * 9, True), ([4, 5] + [0] * 9 + [4] * 9, False)])
+def test_the_best_policy_is_that_of_the_highest_mean_return(returns, is_best):
+    """Evaluations after every second iteration and the last compare the means of ten; a return is
+    the reward minus beta = 2 times the log-ratio 1. Known and recombined samples do not count."""
     def rollout(iter, value):
         reward = torch.tensor([[value, -99.0]]).double()        # the second is not its own
         is_own, one = torch.tensor([[True, False]]), torch.ones(1, 2)
         return sepo.Rollout(iter, None, None, is_own, one, one, reward)
     buffer = [rollout(0, 99.0)] + [rollout(i, value + 2.0) for i, value in enumerate(returns, 1)]
-    assert train.is_best(buffer, beta=2.0, n=2) == is_best
+    assert train.is_best(Namespace(beta=2.0, eval_every=2), buffer) == is_best
 
 
 def test_the_best_policy_is_kept(tmp_path, monkeypatch):
     """At the evaluations after iterations 2 and 4; here only the first is the best."""
-    monkeypatch.setattr(train, "is_best", lambda buffer, beta: len(buffer) == 2)
+    monkeypatch.setattr(train, "is_best", lambda args, buffer: len(buffer) == 2)
     run(tmp_path, "--lr=0.01")
     first, last = weights(tmp_path, "pretrained"), weights(tmp_path)
     best = weights(tmp_path, "best")
