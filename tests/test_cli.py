@@ -361,6 +361,20 @@ def test_samples_as_text_fasta_and_json(toy, capsys):
     assert [item["sample"] for item in objects] == [string for _, string in rows]
 
 
+def test_weights_that_are_not_finite_are_refused(toy, tmp_path, capsys):
+    saved = saved_as(toy, "finetuned")
+    saved["model"]["blocks.0.up.weight"][3, 1] = float("nan")
+    torch.save(saved, tmp_path / "finetuned.pt")
+    fails(sample.main, [f"--run={tmp_path}"], "blocks.0.up.weight is not finite", capsys)
+
+
+def test_a_reward_that_fails_for_the_whole_start_check_stops(tmp_path, monkeypatch, capsys):
+    set_two(monkeypatch, lambda samples: [None] * len(samples))
+    fails(train.main, ["--task=two", f"--out={tmp_path / 'a'}", *TINY, "--on_error=0"],
+          "the reward fails for the first samples of the data", capsys)
+    assert not (tmp_path / "a").exists()
+
+
 def test_a_low_temperature_draws_the_likeliest_letter_and_edits_no_weights(toy, tmp_path, capsys,
                                                                            monkeypatch):
     """A head that gives A an advantage of half a nat: exp(50) to 1 at temperature 0.01."""

@@ -379,8 +379,9 @@ def test_every_parameter_has_one_optimizer():
 
 def test_the_measurements_for_a_gpu_run_here(tmp_path):
     """All parts of gpu.py but those that run train.py, and the slow one."""
-    printed = command(tmp_path, "tests/gpu.py", "--quick", f"--out={tmp_path}", "--parts", "samples",
-                      "updates_as_on_the_cpu", "ratios_at_the_start", "sampling", "updates")
+    printed = command(tmp_path, "tests/gpu.py", "--quick", f"--out={tmp_path}", "--parts",
+                      "samples", "updates_as_on_the_cpu", "ratios_at_the_start", "sampling",
+                      "updates")
     assert "0 of 5 parts failed" in printed
     found = json.loads((tmp_path / "gpu.json").read_text())
     assert all(row["p_value"] > 1e-4 for row in found["samples"])
