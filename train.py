@@ -156,6 +156,8 @@ def main(argv=None):
 
 def run(args, task):
     device, autocast = setup(args)
+    if device == "cpu" and args.n_embd <= 64 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)                        # as fast for so few channels, and less work
     torch.manual_seed(args.seed)                        # the same initial weights on every process
     process = CHAINS[args.process](task.vocab_size, args.steps, args.micro_batch)
     task.data, task.held = (x.to(device) for x in task.split(args.data_size, args.seed))

@@ -349,6 +349,18 @@ def test_the_best_policy_is_kept(tmp_path, monkeypatch):
     sample.main([f"--run={tmp_path}", "--which=best", "--n=2"])
 
 
+@pytest.mark.parametrize("given, n_embd, n", [(None, 16, [1]), ("2", 16, []), (None, 66, [])])
+def test_small_networks_take_one_thread_unless_told_otherwise(given, n_embd, n, tmp_path,
+                                                              monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch, "set_num_threads", calls.append)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if given:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+    run(tmp_path, "--iters=1", "--pretrain_iters=1", f"--n_embd={n_embd}")
+    assert calls == n
+
+
 @pytest.mark.parametrize("shape", [(8, 8), (24, 8), (8, 24)])
 def test_muon_is_that_of_torch_in_float32(shape):
     """torch's rounds to bfloat16. Tall, wide and square matrices, with weight decay."""
