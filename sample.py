@@ -266,9 +266,10 @@ def report(args, task, process, exact, reference, model, log):
 
     print(f"the report made {len(log.lines) - n_before:,} more queries (--report_samples=0: none)")
     (args.out / "report.json").write_text(json.dumps(rows, indent=2) + "\n")
-    if rows["fine-tuned"]["reward"] < rows.get("best of 16", rows["pre-trained"])["reward"]:
-        print("note: the pre-trained model, or the best of its samples, has more reward: try more "
-              "--iters or a smaller --beta")
+    tuned, name = rows["fine-tuned"], "best of 16" if few >= 16 else "pre-trained"
+    if tuned["reward"] < rows[name]["reward"] and tuned["kl"] > rows[name]["kl"] - 0.1:
+        print(f"note: {name} has more reward, at no more KL: try more --iters, another --lr or "
+              "--beta")
     if rows["fine-tuned"]["hamming"] < rows["pre-trained"]["hamming"] / 2:
         print("note: the samples have become much more alike. If that is not what you want, try a "
               "larger --beta, or a reward that forbids it")

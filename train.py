@@ -116,7 +116,6 @@ class Flags:
     known: str = ""                     # samples with known rewards to learn from: CSV or TSV with
                                         # columns sample and reward, or a rewards.jsonl
     min_ess: float = 32.0               # effective sample size of the weights of what was seen
-
     explore: float = 0.0                # share of each rollout that is recombined from good samples
                                         # of the past and partly drawn anew
 

@@ -325,6 +325,17 @@ def test_the_report_says_what_it_asks_and_notes_an_exploited_reward(tmp_path, mo
     assert report["best of 16"]["reward"] > 0.85 > 0.75 > report["pre-trained"]["reward"]
 
 
+@pytest.mark.parametrize("shift, is_told", [(0, False), (-9, True)])
+def test_a_policy_below_best_of_16_at_no_less_kl_gets_a_note(shift, is_told, tmp_path, monkeypatch,
+                                                             capsys):
+    """The pre-trained policy is below it at a KL of 0; one that avoids the letter 1 at a large KL."""
+    def finetune(args, task, process, model, *rest):
+        model.head.bias.data[1] += shift
+    monkeypatch.setattr(train, "finetune", finetune)
+    run(tmp_path, "--report_samples=80")
+    assert ("note: best of 16 has more reward" in capsys.readouterr().out) == is_told
+
+
 def test_the_report_counts_pads_inside_of_samples(tmp_path, monkeypatch):
     """The reward sees no pad, so it would not notice them: the data has them at the end alone."""
     (tmp_path / "own.py").write_text("def score(s): return [len(x) for x in s]\n")
