@@ -328,7 +328,7 @@ def test_the_report_says_what_it_asks_and_notes_an_exploited_reward(tmp_path, mo
 @pytest.mark.parametrize("shift, is_told", [(0, False), (-9, True)])
 def test_a_policy_below_best_of_16_at_no_less_kl_gets_a_note(shift, is_told, tmp_path, monkeypatch,
                                                              capsys):
-    """The pre-trained policy is below it at a KL of 0; one that avoids the letter 1 at a large KL."""
+    """The pre-trained policy is below it at a KL of 0; one without the letter 1 at a large KL."""
     def finetune(args, task, process, model, *rest):
         model.head.bias.data[1] += shift
     monkeypatch.setattr(train, "finetune", finetune)
