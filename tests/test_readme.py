@@ -16,7 +16,8 @@ from helpers import TINY
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
-RESULTS = (ROOT / "tests" / "RESULTS.md").read_text()
+EXPERIMENTS = ROOT / "tests" / "experiments"
+RESULTS = (EXPERIMENTS / "RESULTS.md").read_text()
 
 
 def test_every_function_of_the_map_exists():
@@ -29,7 +30,7 @@ def test_every_function_of_the_map_exists():
 
 
 def test_every_file_and_picture_exists():
-    for text, folder in ((README, ROOT), (RESULTS, ROOT / "tests")):
+    for text, folder in ((README, ROOT), (RESULTS, EXPERIMENTS)):
         links = re.findall(r"\]\(([^)#]+)\)", text)
         links = [link for link in links if not link.startswith("http")]
         assert links and all((folder / link).exists() for link in links), links

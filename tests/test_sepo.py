@@ -300,14 +300,14 @@ def cosine_of(name, kind):
 
 
 @pytest.mark.parametrize("name, scale", [
-    ("sepo, 1 event", 1), ("sepo, all events; LOOP, DCoLT, CJ-GRPO", 1), ("AGRPO, 2 states", 1),
+    ("sepo, 1 transition", 1), ("sepo, all transitions; LOOP, DCoLT, CJ-GRPO", 1), ("AGRPO, 2 states", 1),
     ("TraceRL", 1 / 3)])
 def test_estimators_on_the_path_have_the_true_gradient_of_any_model(name, scale):
     assert cosine_of(name, "random") == pytest.approx((1, scale), abs=1e-4)
 
 
 @pytest.mark.parametrize("name, random, scale", [
-    ("sepo, all events of a new path (replay)", 0.854, 1), ("noised (ELBO)", 0.854, 1),
+    ("sepo, all transitions of a new path (replay)", 0.854, 1), ("noised (ELBO)", 0.854, 1),
     ("ESPO", 0.854, 1 / 3)])
 def test_estimators_on_the_sample_have_it_where_the_bound_is_tight(name, random, scale):
     assert cosine_of(name, "consistent") == pytest.approx((1, scale), abs=1e-4)
@@ -331,7 +331,7 @@ def test_random_draws_of_an_estimator_are_those_that_are_enumerated():
     torch.manual_seed(0)
     random.seed(0)
     tokens, path = process.sample(model, 3000, 3)
-    for name, total in (("noised (ELBO)", 3), ("sepo, 1 event", 3), ("UniGRPO", 1)):
+    for name, total in (("noised (ELBO)", 3), ("sepo, 1 transition", 3), ("UniGRPO", 1)):
         part = estimators.random_path(process, model, tokens, path, estimators.ESTIMATORS[name])
         weights = part.weight[:, None] * part.scored / 3000
         sums = torch.zeros(3).index_add(0, part.positions.flatten(), weights.flatten())

@@ -32,7 +32,7 @@ import torch
 from matplotlib import rcParams
 from matplotlib.figure import Figure
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import sample  # noqa: E402

@@ -10,7 +10,7 @@ from matplotlib import rcParams
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 LETTERS = "ACGT"
 STATES = ["____", "__T_", "__TC", "A_TC", "AGTC"]      # the path
 TRANSITION, POSITION = 2, 0                            # transition 2 draws a token at position 0

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
+sys.path[:0] = [str(Path(__file__).resolve().parents[2])]
 import sepo  # noqa: E402
 from diffusion import Absorbing, gumbel_argmax  # noqa: E402
 from model import Config, Denoiser  # noqa: E402
