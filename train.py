@@ -70,7 +70,7 @@ class Flags:
                                         # pre-training, and the network has its size
 
     # system
-    device: Literal["auto", "cpu", "cuda"] = "auto"                 # auto: cuda if present
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"          # auto: cuda if present
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"          # auto: bfloat16 on cuda
     compile: bool = False               # torch.compile the transformer blocks
     micro_batch: int = 0                # states per forward pass, to bound the memory; 0: 2,048
@@ -714,6 +714,8 @@ def check(parser, args, task):
 
     refuse(args.device == "cuda" and not torch.cuda.is_available(),
            "--device=cuda: torch sees no CUDA device; use --device=cpu")
+    refuse(args.device == "mps", "--device=mps has no float64, which the times of the sampler "
+           "need; use --device=cpu")
     refuse(min(args.prompts, args.updates, args.eval_every, args.group - 1) < 1,
            "--prompts, --updates and --eval_every must be at least 1, --group at least 2")
     numbers = (args.beta, args.lr, args.clip, args.min_ess, args.explore, args.dropout, args.steps,

@@ -66,6 +66,7 @@ def printed_rows(capsys):
     (["--known=x.csv"], "--known=.*x.csv cannot be read: .*No such file"),
     (["--on_error=go"], "argument --on_error: invalid float value: 'go'"),
     (["--device=cuda"], "sees no CUDA device"),
+    (["--device=mps"], "--device=mps has no float64"),
     (["--resume"], "holds no run")])
 def test_bad_flags_get_a_short_message_and_status_2(args, message, tmp_path, capsys):
     if args == ["--device=cuda"] and torch.cuda.is_available():

@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import sepo
 from diffusion import Absorbing, Path, Uniform, gumbel_argmax, pick, stratified
@@ -172,6 +173,34 @@ def test_passes_are_those_of_the_rows_that_are_not_done():
     _, path = process.sample(model, 16, 32)
     assert len(calls) == path.row.bincount().max() <= 32
     assert sum(calls) == len(path)
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operations after which a processor must wait for its device."""
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket._qualified_op_name
+        self.count += name in ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal")
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("steps, prompt", [(None, None), (None, PROMPT), (3, None)])
+def test_nothing_waits_for_the_device_in_the_sampling_loop_or_an_update(steps, prompt):
+    """What must be known of a path is fetched when it is planned. (The uniform chain uses one_hot,
+    which looks at its values on a CPU alone.)"""
+    model, process = network(3, 4), Absorbing(3, steps)
+    prompt = torch.full((5, 4), 3) if prompt is None else prompt.expand(5, 4)
+    given = prompt != 3
+    with Waits() as waits:
+        plan = process.plan(prompt, given, 1.0)
+    assert waits.count == 2                             # and its list of sizes is a third
+    with Waits() as waits:
+        _, path = process.reverse(model, prompt, *plan)
+        loss, _ = sepo.sepo_loss(process.logp(model, path), path, torch.randn(5))
+        loss.backward()
+        path.subset(2)
+    assert waits.count == 0
 
 
 def test_reveal_times_are_uniform_up_to_their_start_and_never_tie():
