@@ -50,8 +50,8 @@ class Flags:
     task: str = "toy"                   # what to learn: toy, dna, arithmetic, text or ehrlich
     out: Path = Path("out")             # folder for the results; default: out/<task>
     seed: int = 0                       # seed of every random draw
-    resume: bool = False                # continue the run in --out with its own flags, perhaps with
-                                        # other --iters or --pretrain_iters
+    resume: bool = False                # continue the run in --out with its own flags; --iters may
+                                        # differ, and while it pre-trains --pretrain_iters
     overwrite: bool = False             # replace the run in --out
     save_every: int = 30                # seconds between two saves of last.pt
 

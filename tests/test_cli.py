@@ -122,7 +122,7 @@ def test_every_flag_is_explained_with_its_default(program, capsys):
         defaults = shown[shown.index("\ndefaults of"):]
         assert re.search("  uniform: .*--pretrain_iters=2000", defaults)
         assert re.search("  toy: .*--n_embd=64", defaults)
-        assert "perhapswithother--itersor--pretrain_iters" in words     # a comment's second line
+        assert "--itersmaydiffer,andwhileitpre-trains" in words     # a comment's second line
 
 
 def test_the_size_of_the_network_follows_the_size_of_the_data(tmp_path):
