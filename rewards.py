@@ -378,8 +378,8 @@ class Toy(Task):
     """Short sequences of a Markov chain. What it teaches: the optimum can be known, and reached."""
 
     alphabet, length = "ACGT", 6
-    flags = dict(exact=True, n_layer=2, n_embd=64, pretrain_iters=300, iters=80, replay=15,
-                 eval_every=8, report_samples=1000)
+    flags = dict(exact=True, n_layer=2, n_embd=64, pretrain_iters=300, iters=80, lr=1e-3,
+                 replay=15, eval_every=8, report_samples=1000)
 
     def draw(self, n, generator):
         return markov_chain(TOY_STEP, n, self.length, generator)
@@ -562,8 +562,8 @@ class Text(Task):
 
     length = 48
     flags = dict(n_layer=2, n_embd=96, conv=7, dropout=0.1, pretrain_iters=800, pretrain_lr=5e-3,
-                 data_size=100_000, group=64, iters=80, beta=0.01, algo="wdce", eval_every=5,
-                 report_samples=1000)
+                 data_size=100_000, group=64, iters=80, lr=1e-3, beta=0.01, algo="wdce",
+                 eval_every=5, report_samples=1000)
 
     def __init__(self, length=0):
         super().__init__(length)
@@ -587,8 +587,8 @@ class Ehrlich(Task):
     pre-trained model knows what is feasible, and the black box what is good."""
 
     alphabet, length = "ACDEFGHIKLMNPQRSTVWY", 32
-    flags = dict(n_layer=2, n_embd=96, pretrain_lr=4e-3, group=64, iters=60, path_events=4,
-                 beta=0.002, eval_every=5, report_samples=1000)
+    flags = dict(n_layer=2, n_embd=96, pretrain_lr=4e-3, group=64, iters=60, lr=1e-3,
+                 path_events=4, beta=0.002, eval_every=5, report_samples=1000)
 
     def __init__(self, length=0):
         super().__init__(length)

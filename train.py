@@ -101,7 +101,7 @@ class Flags:
     prompts: int = 1                    # prompts per rollout (P)
     group: int = 32                     # samples per prompt (G)
     updates: int = 1                    # optimizer steps per round
-    lr: float = 1e-3                    # initial learning rate; decays linearly to 5%
+    lr: float = 2e-3                    # initial learning rate; decays linearly to 5%
     path_events: int = 0                # transitions scored per path and update; 0: all
     advantage: Literal["loo", "grpo"] = "loo"                       # a return minus the mean of the
                                         # others in its group, or standardized

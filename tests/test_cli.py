@@ -132,7 +132,7 @@ def test_the_size_of_the_network_follows_the_size_of_the_data(tmp_path):
         (tmp_path / "data.txt").write_text("ACGT\n" * (n // 5))
         args, _ = train.read_flags([f"--data={tmp_path / 'data.txt'}", f"--out={tmp_path / 'x'}",
                                     f"--reward={tmp_path / 'own.py'}:f"])
-        assert (args.task, args.algo, args.lr, args.replay) == ("own", "sepo", 1e-3, 3)
+        assert (args.task, args.algo, args.lr, args.replay) == ("own", "sepo", 2e-3, 3)
         found.append((args.n_layer, args.n_embd, args.pretrain_iters))
     assert found == [(2, 64, 500), (4, 128, 3000)]
 

@@ -52,6 +52,8 @@ STYLE = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 11, 
 LABELS = {"kl": "KL of the paths, nats", "reward": "oracle"}
 LOOP, PRDP, REINFORCE = ["--algo=loop"], ["--algo=prdp"], ["--algo=reinforce"]
 UNTRAINED = ["--pretrain_iters=50"]     # so that the model's conditionals agree with nothing
+SHOWN = [("arithmetic", "held_out_reward"), ("text", "reward"), ("ehrlich", "reward"),
+         ("ehrlich", "best")]               # of the default runs
 MARKS, MOVES = (128, 256, 512, 1024, 2560, 5120), (0, 8, 32, 128)
 
 PARTS = {                   # of the learner; a flag that is Python is run before train.py
@@ -301,7 +303,11 @@ def main():
         runs = {name: [pool.submit(run, out, name, seed, key) for seed in seeds] for name in names}
         runs = {name: [future.result() for future in futures] for name, futures in runs.items()}
     if args.what == "defaults":
-        return print(task_table(out, names, seeds))
+        print(task_table(out, names, seeds))
+        for name, key in SHOWN:
+            lines = [[line for line in of_seed if key in line] for of_seed in runs[name]]
+            print("\n" + key.replace("_", " "), table({name: lines}, key, MARKS), sep="\n\n")
+        return print("\n" + objective_table(out, ["dna"], seeds))
     print(table(runs, key, MARKS))
     if args.what == "ehrlich":
         print("\n" + table(runs, "best", MARKS))
