@@ -256,6 +256,33 @@ def report_table(out, names, seeds):
     return "\n".join(lines)
 
 
+@torch.no_grad()
+def field_table(out, names, seeds, n=500):
+    """dna: what the KL protects, in the field's own measures (DRAKES, 2410.13643): how the counts
+    of 3-mers correlate with those of the data, and log p_ref of the samples' paths, nats."""
+    def count(tokens):
+        words = tokens.unfold(1, 3, 1) @ torch.tensor([16, 4, 1])                       # [n, L - 2]
+        return words.flatten().bincount(minlength=64).double()
+
+    found = {name: ([], []) for name in ("pre-trained", *names)}
+    for seed, name in product(seeds, found):
+        folder = folder_of(out, names[0] if name == "pre-trained" else name, seed)
+        reference, saved = sample.load_model(folder / "pretrained.pt")
+        which = "pretrained" if name == "pre-trained" else "finetuned"
+        process, task = Absorbing(4, saved["flags"]["steps"]), TASKS["dna"]()
+        torch.manual_seed(seed)
+        tokens, path = process.sample(sample.load_model(folder / f"{which}.pt")[0], n, task.length)
+        data, _ = task.split(5000, seed)
+        correlation = torch.corrcoef(torch.stack((count(tokens), count(data))))[0, 1].item()
+        log_ref = path.per_sequence(process.logp(reference, path)).mean().item()
+        for column, value in zip(found[name], (correlation, log_ref)):
+            column.append(value)
+    lines = ["| | correlation of 3-mers | log p_ref, nats |", "|" + " --- |" * 3]
+    lines += [f"| {name} | " + " | ".join(map(median_and_range, columns)) + " |"
+              for name, columns in found.items()]
+    return "\n".join(lines)
+
+
 def objective_table(out, names, seeds, beta=0.1, marks=(160, 320, 640, 1280)):
     """dna: J = reward - beta KL of the rollouts, a mean of nine of them around so many rewards."""
     heads = [f"J at {mark:,}" for mark in marks]
@@ -315,6 +342,7 @@ def main():
         corrected_samples(out, seeds)
     if flags == DNA:
         print("\n" + report_table(out, names, seeds))
+        print("\n" + field_table(out, names, seeds))
     if args.what == "dna":
         print("\n" + objective_table(out, names, seeds))
     panels = [("queries", key)]
