@@ -19,10 +19,10 @@ from torch.utils.checkpoint import checkpoint
 LOG_ZERO = -1e30    # logits of -inf become finite, so that a weight of 0 times them is 0, not NaN
 
 
-def device_of(model):
-    """Where the model's parameters live; the CPU for a plain function."""
+def device_of(model, default=torch.device("cpu")):
+    """Where the model's parameters live; the default for a plain function."""
     parameters = model.parameters() if isinstance(model, torch.nn.Module) else []
-    return next((p.device for p in parameters), torch.device("cpu"))
+    return next((p.device for p in parameters), default)
 
 
 def pick(log_p, y):
@@ -93,7 +93,7 @@ class Path:
         in_order = self.row.argsort(stable=True)
         part = self[in_order[nth.clamp(max=len(self) - 1)]]
         part.row = torch.arange(self.batch, device=self.row.device).repeat(transitions)
-        part.weight = count[part.row] / (transitions * self.batch)
+        part.weight = part.weight * count[part.row] / transitions
         part.scored = part.scored & (part.weight > 0)[:, None]      # without a transition: nothing
         return part
 
@@ -162,7 +162,7 @@ class Chain:
                 0 <= prompt.min() <= prompt.max() <= self.mask):
             raise ValueError(f"a prompt is an int64 tensor of {length} tokens from 0 to {self.mask}"
                              f", where {self.mask} is a free position")
-        prompt = prompt.to(device_of(model)).expand(batch, length)
+        prompt = prompt.to(device_of(model, prompt.device)).expand(batch, length)
         given = prompt != self.mask
         x = torch.where(given, prompt, self.noise(prompt))
         return self.reverse(model, x, *self.plan(x, given, 1.0))
@@ -329,25 +329,25 @@ class Absorbing(Chain):
         return self.transitions(x, self.reveal_times(x == self.mask, t))
 
     def transitions(self, tokens, time):
-        """What is revealed when, by reveal times [B, L] -> Path, and how many transitions are the
-        first of their sequence, the second, ... (it is in this order)."""
+        """Reveal times [B, L] -> Path, sorted by pass, and the number of transitions in each pass:
+        pass j makes the j-th transition of every sequence that has one."""
         ordered, at = time.sort(dim=1, descending=True)
         is_new = ordered < F.pad(ordered[:, :-1], (1, 0), value=math.inf)   # inf, given: never
-        turn = (is_new.cumsum(dim=1) - 1).short()       # equal times share one
-        row, column = is_new.nonzero(as_tuple=True)
-        first = turn[row, column].argsort(stable=True)
-        row, column = row[first], column[first]
-        t, now = ordered[row, column], turn[row, column][:, None]                       # [n, 1]
-        turns = torch.empty_like(turn).scatter(1, at, turn)[row]                       # [n, L]
-        k = F.pad((turns == now).sum(dim=1), (0, 1), value=1).max().item()  # the most, or 1
-        scored, positions = (turns == now).byte().topk(k, dim=1)                        # [n, k]
-        x = tokens[row].masked_fill_(turns >= now, self.mask)
+        rank = (is_new.cumsum(dim=1) - 1).short()       # equal times share one
+        turn = torch.empty_like(rank).scatter(1, at, rank)      # [B, L]  when; -1: given
+        each = torch.arange(time.size(1), device=time.device)[:, None, None]
+        now, row = (turn == each).any(dim=2).nonzero(as_tuple=True)                     # [n]
+        is_drawn = turn[row] == now[:, None]                                            # [n, L]
+        k = F.pad(is_drawn.sum(dim=1), (0, 1), value=1).max().item()        # the most, or 1
+        scored, positions = is_drawn.byte().topk(k, dim=1)                              # [n, k]
+        x = tokens[row].masked_fill_(turn[row] >= now[:, None], self.mask)
+        t = time[row, positions[:, 0]]
         s = t - 1 / self.steps if self.steps else t     # without a grid a reveal takes no time
         y = tokens[row[:, None], positions]
         weight = torch.full_like(t, 1 / len(time), dtype=torch.float)
-        path = Path(row, x, t.clamp(max=1).float(), s.float(), positions, y, scored > 0,
+        path = Path(row, x, t.float(), s.float(), positions, y, scored > 0,
                     torch.zeros_like(y, dtype=torch.float), weight, len(time))
-        return path, now.flatten().bincount().tolist()
+        return path, now.bincount().tolist()
 
     def path_to(self, tokens, given=None):
         """A path of the forward process from tokens [B, L], read backwards -> Path without logp.

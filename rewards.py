@@ -54,6 +54,7 @@ class Task:
     alphabet = ""
     length = 0
     pad = ""                                # the letter that fills up short sequences, if any
+    text = None                             # tokens to cut windows from, in place of draw
     flags = {}
 
     def __init__(self, length=0):
@@ -75,7 +76,10 @@ class Task:
         return {}
 
     def split(self, n, seed):
-        """n draws -> those to train on, those held out; without any where there are too few."""
+        """Draw n sequences -> those to train on, those held out. The latter are none if there are
+        fewer than 20, or if all would be held out."""
+        if self.text is not None:
+            return split_windows(self.text, self.length, n, seed)
         x = self.draw(n, torch.Generator().manual_seed(seed))
         held = self.is_held(x)
         if len(x) < 20 or held.all():
@@ -462,9 +466,9 @@ def oracle(length):
     measurements, and stopped early since they are few. It takes GC for a cause: it can be hacked.
     Its seed is its own, so that all runs have the same oracle."""
     rng = random.Random(0)
-    measured = [dna_sequence(length, rng) for _ in range(MEASUREMENTS)]
-    truth = torch.tensor([true_activity(s) for s in measured])
-    x = one_hot(measured)
+    sequences = [dna_sequence(length, rng) for _ in range(MEASUREMENTS)]
+    truth = torch.tensor([true_activity(s) for s in sequences])
+    x = one_hot(sequences)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         y = truth + NOISE * torch.randn(MEASUREMENTS)
@@ -569,9 +573,7 @@ class Text(Task):
         super().__init__(length)
         self.alphabet = "".join(sorted(set(corpus())))
         self.words = words_of(corpus())
-
-    def split(self, n, seed):
-        return split_windows(tokens_of([corpus()], self.alphabet)[0], self.length, n, seed)
+        self.text, = tokens_of([corpus()], self.alphabet)
 
     def reward(self, samples):
         found = [self.words & words_of(sample) for sample in samples]
@@ -654,16 +656,10 @@ class Own(Task):
         self.pad = pad
         self.alphabet += pad
         self.flags = self.LARGE if sum(map(len, sequences)) >= 100_000 else self.SMALL
-        self.crop = crop
         if crop:                                        # windows avoid line ends, and letters as N
-            self.x = tokens_of(["\n".join(sequences)], self.alphabet)[0]
+            self.text, = tokens_of(["\n".join(sequences)], self.alphabet)
         else:
             self.x = self.encode(sequences)
-
-    def split(self, n, seed):
-        if self.crop:
-            return split_windows(self.x, self.length, n, seed)
-        return super().split(n, seed)
 
     def draw(self, n, generator):                       # all that there is
         return self.x
@@ -679,20 +675,16 @@ def open_task(task="toy", length=0, data="", alphabet="", pad="", crop=False, re
     if task not in (*TASKS, "own"):
         raise BadInput(f"--task={task}: choose one of {', '.join(TASKS)}, or bring --data")
     if data:
-        opened = open_file(data, length, alphabet, pad, crop)
+        try:
+            opened = Own(data, length, alphabet, pad, crop)
+        except BadInput as error:
+            raise BadInput(f"--data={data}: {error}") from None
     else:
         opened = TASKS[task](length)
     if reward:
         opened.reward, opened.measure = load_reward(reward)
         opened.flags = opened.flags | dict(exact=False, report_samples=None)    # not for free
     return opened
-
-
-def open_file(file, *options):
-    try:
-        return Own(file, *options)
-    except BadInput as error:
-        raise BadInput(f"--data={file}: {error}") from None
 
 
 def read_sequences(file, crop=False, alphabet=""):
@@ -751,7 +743,7 @@ def load_reward(name):
     if not file.endswith(".py") or not os.path.isfile(file):
         raise BadInput(f"--reward={name}: file.py:function is needed, and a file that exists")
     sys.path.insert(0, os.path.dirname(os.path.abspath(file)))  # it may import its neighbours
-    stem = Path(file).stem                              # by which processes that it starts find it
+    stem = Path(file).stem                              # so that its child processes can import it
     stem = "own_reward" if stem in sys.modules else stem
     spec = importlib.util.spec_from_file_location(stem, file)
     module = sys.modules[stem] = importlib.util.module_from_spec(spec)

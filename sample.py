@@ -32,7 +32,7 @@ class Flags:
     # what to show
     run: Path = Path("out/toy")         # folder of a run of train.py
     which: Literal["finetuned", "best", "pretrained"] = "finetuned"     # which model
-    compare: bool = False               # both models, side by side
+    compare: bool = False               # beside the pre-trained model
     best: int = 0                       # in place of new samples: the N best that the run queried
     n: int = 10                         # number of samples
     format: Literal["text", "fasta", "jsonl"] = "text"              # of the samples
@@ -116,7 +116,7 @@ def main(argv=None):
 
 
 def run(args):
-    names = ["pretrained", "finetuned"] if args.compare else [args.which]
+    names = ["pretrained"] * args.compare + [args.which]
     if args.best:
         drawn = {"best": best_found(args.run / "rewards.jsonl", args.best)}
     else:
@@ -163,7 +163,7 @@ def best_found(file, n):
     if not lines:
         raise BadInput(f"{file} holds no rollout: is {file.parent} the folder of a run?")
     lines.sort(key=lambda line: -line["reward"])
-    return zip(*((line["sample"], line["reward"]) for line in lines[:n]))
+    return tuple(zip(*((line["sample"], line["reward"]) for line in lines[:n])))
 
 
 def read_prompts(task, text, prompts, n):
@@ -242,7 +242,7 @@ def report(args, task, process, exact, reference, model, log):
         reward = log.query(task.reward, samples, stage=f"report {name}")
         error = reward.std().item() / math.sqrt(len(samples)) if len(samples) > 1 else None
         more |= diversity(task, samples) | measured(task, samples, catch=True)
-        if task.pad:                                    # the reward sees such samples without them
+        if task.pad:                                    # the reward does not see them
             inner = [task.pad in string.rstrip(task.pad) for string in task.decode(tokens)]
             more["inner pads"] = sum(inner) / len(inner)
         rows[name] = dict(n=len(samples), reward=reward.mean().item(), error=error, kl=kl, **more)
@@ -253,8 +253,8 @@ def report(args, task, process, exact, reference, model, log):
     for name, policy in (("pre-trained", reference), ("fine-tuned", model)):
         tokens, path = process.sample(policy, n, task.length, prompts)
         log_ratio = path.per_sequence(path.logp - process.logp(reference, path))
-        known = exact(model) if exact and policy is model else {}
-        add(name, tokens, log_ratio.mean().item(), **known)
+        truth = exact(model) if exact and policy is model else {}
+        add(name, tokens, log_ratio.mean().item(), **truth)
     if few >= 16:
         prompts = prompts[:few].repeat_interleave(k, dim=0)
         many, _ = process.sample(reference, few * k, task.length, prompts)

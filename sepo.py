@@ -83,7 +83,7 @@ def advantages(returns, kind="loo", scale=None):
     if kind == "loo":
         centred *= G / max(1, G - 1)
     elif kind == "grpo":
-        scale = reward_scale(returns) if scale is None else scale
+        scale = torch.as_tensor(reward_scale(returns) if scale is None else scale)
         centred = torch.where(scale > 0, centred / scale, 0.0)
     else:
         raise ValueError(f"unknown advantage {kind!r}: loo or grpo")
@@ -133,7 +133,8 @@ def sepo_loss(logp, path, advantages, clip=0.1, clip_mode="stop"):
     Conditioned on all positions of x but one, p(y) in (1) becomes w_v = softmax_v(log s(x)_v), and
     (tests/test_sepo.py checks both identities):
       sum_v w_v grad log s(x)_v = -grad log w_{x_i}                the sum is one log-probability
-      (w_v'/w_v) (s(x)_v / s(x)_v') = w'_{x_i} / w_{x_i}           one ratio, whatever v
+      (w'_v / w_v) (s(x)_v / s'(x)_v) = w'_{x_i} / w_{x_i}         one ratio, whatever v
+    Here the primes stand for the current model.
     So each position costs one number, log w of its token. At visited states w is the sampler's own
     transition kernel: at theta_old the gradient is minus the policy gradient of the sampler as it
     runs (as DDPO, 2305.13301, for images). With clip_mode="stop", and where a transition moves one
@@ -266,9 +267,9 @@ def remembered(past, seen, far):
 
 
 def recombine(tokens, weights, n, mask):
-    """n prompts made of remembered samples [m, L], which are chosen by their weights: one parent
-    gives a segment, moved by up to two positions, to another; then positions are masked, each with
-    a chance that is drawn per row between 0.05 and 0.5, so that the policy fits the parts."""
+    """n prompts bred from remembered samples [m, L], which are chosen by their weights: a segment
+    of one parent is copied into another, moved by up to two positions; then 5 to 50% of all
+    positions are masked, so that the policy fits the parts together."""
     L, device = tokens.size(1), tokens.device
     parents = tokens[torch.multinomial(weights, 2 * n, replacement=True)].view(2, n, L)
     place = torch.arange(L, device=device)
@@ -282,11 +283,12 @@ def recombine(tokens, weights, n, mask):
 # -----------------------------------------------------------------------------
 # the methods. Each is a generator (args, process, model, reference, rollout, path, seen), which
 # yields (loss, clip_fraction) and expects a step of the optimizers after each. rollout: what to
-# learn from; path: how it was drawn, or a path to it without logp; seen: `target_weights` of all.
+# learn from; path: how it was drawn, or a path to it without logp; seen: tokens, rewards and
+# weights of all samples so far, or None.
 
 def log_probabilities(process, model, reference, rollout, path, with_grad):
-    """-> logp [n, k] under the current model, with its gradient if wanted; the path, which now
-    remembers logp; log p(path)/p_ref(path) [P, G]. One pass of the model serves all three."""
+    """Score a path in one pass -> logp [n, k] under the current model, with its gradient if wanted;
+    the path, with logp filled in if it had none; log p(path)/p_ref(path) [P, G]."""
     with torch.set_grad_enabled(with_grad):
         logp = process.logp(model, path)
     if path.logp is not None:                           # the rollout of this iteration
@@ -304,29 +306,24 @@ def worth(args, rollout, log_ratio):
 
 
 def policy_gradient(args, process, model, reference, rollout, path, seen):
-    """sepo, loop and reinforce, on random transitions of each path (args.path_events; 0: all)."""
-    is_whole = not args.path_events
+    """sepo, loop and reinforce, on random transitions of each path (args.path_events; 0: all);
+    prdp, on all."""
+    transitions = 0 if args.algo == "prdp" else args.path_events
     logp, log_ratio = None, rollout.log_ratio
-    if is_whole or path.logp is None:
+    if not transitions or path.logp is None:
         logp, path, log_ratio = log_probabilities(process, model, reference, rollout, path,
-                                                  is_whole)
+                                                  with_grad=not transitions)
     A = worth(args, rollout, log_ratio)
-    parts = [path.subset(args.path_events) for _ in range(args.updates)]
-    for update, part in enumerate(parts):
-        if update > 0 or not is_whole:
+    for update in range(args.updates):
+        part = path.subset(transitions)
+        if update > 0 or transitions:
             logp = process.logp(model, part)
-        if args.algo == "sepo":
+        if args.algo == "prdp":
+            yield prdp_loss(logp, part, rollout.reward, log_ratio, args.beta, args.clip)
+        elif args.algo == "sepo":
             yield sepo_loss(logp, part, A, args.clip, args.clip_mode)
         else:
             yield loop_loss(logp, part, A, args.clip)
-
-
-def prdp(args, process, model, reference, rollout, path, seen):
-    logp, path, log_ratio = log_probabilities(process, model, reference, rollout, path, True)
-    for update in range(args.updates):
-        if update > 0:
-            logp = process.logp(model, path)
-        yield prdp_loss(logp, path, rollout.reward, log_ratio, args.beta, args.clip)
 
 
 def wdce(args, process, model, reference, rollout, path, seen):
@@ -352,12 +349,12 @@ def published(args, process, model, reference, rollout, path, seen):
 
 
 METHODS = {"sepo": policy_gradient, "loop": policy_gradient, "reinforce": policy_gradient,
-           "prdp": prdp, "wdce": wdce, "published": published}
+           "prdp": policy_gradient, "wdce": wdce, "published": published}
 
 
 def can_weigh(args, process):
-    """Does the path of a sample tell how likely the sample is, and does anybody ask? A path of
-    random letters has many other states, and one after the corrector begins in its middle."""
+    """Are importance weights wanted, and known? Only an uncorrected path of masks tells how likely
+    its sample is: a path of random letters has many other states."""
     is_asked = args.replay or args.algo == "wdce"
     return args.beta and is_asked and isinstance(process, Absorbing) and not args.corrector_steps
 
@@ -456,11 +453,11 @@ def importance_sampled(process, model, y, position, M=2):
     total = weights = 0
     for _ in range(M):
         z = gumbel_argmax(logits)                                                       # [n, L]
-        given_y = pick(logits.log_softmax(dim=-1), z).gather(1, position).exp()         # pi(z | y)
+        pi_zy = pick(logits.log_softmax(dim=-1), z).gather(1, position).exp()         # pi(z | y)
         at_z = process.logits(model, z, t, position).log_softmax(dim=-1)                # [n, 1, V]
-        given_z = pick(at_z, z.gather(1, position)).exp()                               # pi(z | z)
-        weight = 1 / (given_z * given_y).clamp(min=1e-30)
-        total += weight * given_y
+        pi_zz = pick(at_z, z.gather(1, position)).exp()                               # pi(z | z)
+        weight = 1 / (pi_zz * pi_zy).clamp(min=1e-30)
+        total += weight * pi_zy
         weights += weight
     return total / weights
 

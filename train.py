@@ -175,7 +175,7 @@ def run(args, task):
     is_exact = args.exact and process.is_small(task.length) and not task.has_prompts
     if MASTER:
         announce(args, task, device, is_exact)
-    if not len(task.held):
+    if len(task.held) < WORLD_SIZE:
         task.held = task.data
     log = open_folder(args, task)
     if known:                                           # these samples are not queried
@@ -335,10 +335,11 @@ def summary(drawn, buffer, clipped, norms):
     reward, kl = (torch.cat([getattr(old, name)[old.is_own] for old in drawn]).double()
                   for name in ("reward", "log_ratio"))
     best = torch.stack([old.reward.max() for old in buffer if old.iter])
-    names = "reward", "reward_std", "best", "kl", "clip_fraction", "grad_norm"
-    values = torch.stack((reward.mean(), reward.std(correction=0), best.max(), kl.mean(),
-                          torch.stack(clipped).mean(), torch.stack(norms).mean()))
-    return dict(zip(names, values.tolist()))            # one transfer from the device
+    values = dict(reward=reward.mean(), reward_std=reward.std(correction=0), best=best.max(),
+                  kl=kl.mean(), clip_fraction=torch.stack(clipped).mean(),
+                  grad_norm=torch.stack(norms).mean())
+    numbers = torch.stack(list(values.values())).tolist()       # one transfer from the device
+    return dict(zip(values, numbers))
 
 # -----------------------------------------------------------------------------
 # rollouts
@@ -373,12 +374,12 @@ def as_rollouts(args, task, process, reference, tokens, rewards):
     one prompt and about --group samples; a sample that is alone with its prompt is left out."""
     torch.manual_seed(args.seed)                        # the same paths on every process
     given = task.given(tokens)
-    path = process.path_to(tokens, given)
-    log_ref = path.per_sequence(process.logp(reference, path))                          # [n]
-    zero, rollouts = torch.zeros_like(log_ref), []
-    for prompt in task.prompts(tokens).unique(dim=0):
-        rows = (task.prompts(tokens) == prompt).all(dim=1).nonzero()[:, 0]
-        n_groups = max(1, len(rows) // max(2, args.group))
+    paths = map(process.path_to, tokens.split(2048), given.split(2048))
+    log_ref = torch.cat([path.per_sequence(process.logp(reference, path)) for path in paths])
+    zero, rollouts, prompts = torch.zeros_like(log_ref), [], task.prompts(tokens)
+    for prompt in prompts.unique(dim=0):
+        rows = (prompts == prompt).all(dim=1).nonzero()[:, 0]
+        n_groups = max(1, len(rows) // args.group)
         for row in (rows[i::n_groups] for i in range(n_groups) if len(rows) > 1):
             columns = (zero[row] > 0, zero[row], log_ref[row], rewards[row])
             rollouts.append(sepo.Rollout(0, tokens[row], given[row], *(c[None] for c in columns)))
@@ -402,19 +403,17 @@ def announce(args, task, device, is_exact):
     rollouts, n = args.iters * args.prompts * args.group, args.report_samples
     evaluations = task.has_prompts * 256 * math.ceil(args.iters / args.eval_every)
     optimum = is_exact * task.vocab_size ** task.length
-    queries = {"in rollouts": rollouts, "in evaluations": evaluations,
+    queries = {"to try it": 2, "in rollouts": rollouts, "in evaluations": evaluations,
                "for the exact optimum": optimum,
-               "in the report": 3 * n + (17 * (n // 4) if n >= 64 else 0)}
+               "in the report": 3 * n + (16 * (n // 4) if n >= 64 else 0)}
     cost = ", ".join(f"{count:,} {where}" for where, count in queries.items() if count)
     reward = os.path.relpath(args.reward) if args.reward else f"the one built into {args.task}"
     example, = task.strings(task.data[:1])
-    for line in (
-        f"task {args.task}: {len(task.data):,} sequences of {task.length} letters "
-        f"{task.alphabet!r}, such as {example!r}; {len(task.held):,} others held out",
-        f"reward: {reward}; queries, at most: {cost}",
-        f"method {args.algo}, beta {args.beta:g}; {device}; results in {args.out}",
-    ):
-        print(line, file=sys.stderr)
+    print(f"task {args.task}: {len(task.data):,} sequences of {task.length} letters "
+          f"{task.alphabet!r}, such as {example!r}; {len(task.held):,} others held out\n"
+          f"reward: {reward}; queries, at most: {cost}\n"
+          f"method {args.algo}, beta {args.beta:g}; {device}; results in {args.out}",
+          file=sys.stderr)
 
 
 def advise(args, rewards):
@@ -592,7 +591,6 @@ def save_config(args):
     config = flags_of(args) | dict(processes=WORLD_SIZE)
     if MASTER:
         write(args.out / "config.json", lambda file: file.write_text(json.dumps(config, indent=2)))
-    gather(None)                                        # the others wait for the folder
 
 
 def checkpoint_of(args):
@@ -611,19 +609,17 @@ def restore(args, phase, model, optimizers):
         model.load_state_dict(saved["model"])
         for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)
-        buffer = [sepo.Rollout(**old) for old in saved["buffer"]]
+        device = next(model.parameters()).device
+        buffer = [sepo.Rollout(**old).to(device) for old in saved["buffer"]]
     except (KeyError, TypeError, RuntimeError, ValueError) as error:
         raise BadInput(f"{args.out}/last.pt belongs to a run of another shape") from error
-    for old in buffer:
-        old.to(next(model.parameters()).device)
     return saved["iter"], buffer
 
 
 def is_time_to_save(args, is_last):
     last = args.out / "last.pt"
-    if is_last or not last.exists():
-        return True
-    return abs(time.time() - last.stat().st_mtime) >= args.save_every   # a clock may be set back
+    return is_last or not last.exists() or (            # a clock may be set back
+        abs(time.time() - last.stat().st_mtime) >= args.save_every)
 
 
 def save(args, task, model, name, **more):
@@ -701,7 +697,7 @@ def read_flags(argv=None):
     defaults = task.flags | CHAIN_FLAGS.get(chain, {}) | METHOD_FLAGS.get(algo, {})
     args = Flags(**(defaults | typed))
     if args.report_samples is None:
-        args.report_samples = args.iters * args.prompts * args.group // 290 * 4
+        args.report_samples = args.iters * args.prompts * args.group // 280 * 4
     check(parser, args, task)
     return args, task
 
@@ -716,8 +712,8 @@ def check(parser, args, task):
            "--device=cuda: torch sees no CUDA device; use --device=cpu")
     refuse(args.device == "mps", "--device=mps has no float64, which the times of the sampler "
            "need; use --device=cpu")
-    refuse(min(args.prompts, args.updates, args.eval_every, args.group - 1) < 1,
-           "--prompts, --updates and --eval_every must be at least 1, --group at least 2")
+    refuse(min(args.prompts, args.updates, args.eval_every, args.n_layer, args.group - 1) < 1,
+           "--group must be at least 2; --prompts, --updates, --eval_every and --n_layer 1")
     numbers = (args.beta, args.lr, args.clip, args.min_ess, args.explore, args.dropout, args.steps,
                args.replay, args.micro_batch, args.denoise)
     refuse(not all(number >= 0 for number in numbers) or math.inf in (args.beta, args.lr),
@@ -733,10 +729,10 @@ def check(parser, args, task):
     is_wdce, is_absorb = args.algo == "wdce", args.process == "absorb"
     refuse((args.algo == "prdp" or is_wdce or args.explore) and not args.beta,
            "prdp, wdce and --explore need --beta above 0")
-    refuse((is_wdce or args.explore) and task.has_prompts,
-           "wdce and --explore are for tasks without prompts")
-    refuse(is_wdce and (args.replay or args.corrector_steps or not is_absorb),
-           "--algo=wdce learns from all, with --process=absorb: no --replay, no corrector")
+    refuse((is_wdce or args.explore) and (
+        task.has_prompts or args.corrector_steps or not is_absorb),
+           "wdce and --explore are for tasks without prompts, --process=absorb and no corrector")
+    refuse(is_wdce and args.replay, "--algo=wdce learns from all, so it has no --replay")
     refuse(args.algo != "sepo" and args.clip_mode != "stop", "--clip_mode is for --algo=sepo")
     refuse(args.algo == "published" and (args.replay or not is_absorb),
            "--algo=published needs --process=absorb and --replay=0")

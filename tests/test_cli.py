@@ -3,6 +3,7 @@ told; samples, pictures and the report.
 
 Read first test_bad_flags_get_a_short_message_and_status_2."""
 import json
+import math
 import os
 import re
 import shutil
@@ -22,7 +23,7 @@ from diffusion import Absorbing
 from helpers import (ROOT, TINY, captured, fails, launch, lines, queried, run, same, saved_as,
                      set_two, share_of, weights)
 from helpers import toy, two  # noqa: F401  (fixtures)
-from rewards import TASKS, BadInput
+from rewards import TASKS, BadInput, RewardLog
 
 
 def printed_rows(capsys):
@@ -35,18 +36,20 @@ def printed_rows(capsys):
 @pytest.mark.parametrize("args, message", [
     (["--grup=8"], "unrecognized arguments: --grup=8"),
     (["--crop", "True"], "unrecognized arguments: True"),
-    (["--group=1"], "--eval_every must be at least 1, --group at least 2"),
+    (["--group=1"], "--group must be at least 2"),
     (["--task=toi"], "--task=toi: choose one of toy, dna, "),
     (["--iters=1.5"], "argument --iters: invalid int value: '1.5'"),
     (["--beta=inf"], "--beta and --lr must be at least 0"),
-    (["--prompts=0"], "--prompts, --updates and --eval_every must be at least 1"),
+    (["--prompts=0"], "--prompts, --updates, --eval_every and --n_layer 1"),
+    (["--n_layer=0"], "--n_layer 1"),
     (["--lr=nan"], "--beta and --lr must be at least 0"),
     (["--iters"], "argument --iters: expected one argument"),
     (["--n_embd=30"], "n_embd must be even and a multiple of --n_head"),
     (["--algo=prdp", "--beta=0"], "prdp, wdce and --explore need --beta above 0"),
-    (["--algo=wdce", "--process=uniform"], "--algo=wdce .* with --process=absorb"),
+    (["--algo=wdce", "--process=uniform"], "wdce and --explore are for .* --process=absorb"),
+    (["--explore=0.5", "--process=uniform"], "wdce and --explore are for .* --process=absorb"),
     (["--algo=wdce", "--replay=1"], "--algo=wdce learns from all, .* no --replay"),
-    (["--algo=wdce", "--corrector_steps=1"], "--algo=wdce .* no corrector"),
+    (["--algo=wdce", "--corrector_steps=1"], "wdce and --explore are .* no corrector"),
     (["--algo=wdce", "--beta=0"], "prdp, wdce and --explore need --beta above 0"),
     (["--task=arithmetic", "--algo=wdce", "--replay=0"], "wdce and --explore are for tasks"),
     (["--explore=1"], "--explore and --dropout must be below 1"),
@@ -141,7 +144,7 @@ def test_the_size_of_the_network_follows_the_size_of_the_data(tmp_path):
 
 
 def test_the_start_says_which_reward_is_asked_and_how_often(tmp_path, capsys):
-    """Rewards: 4 rollouts of 8, the optimum of the toy, 3 n in the report (from 64 on 17 n/4 more).
+    """Rewards: 4 rollouts of 8, the optimum of the toy, 3 n in the report (from 64 on 4 n more).
     """
     def said(name, **changes):
         args, task = train.read_flags([f"--task={name}", f"--out={tmp_path / 'a'}", *TINY])
@@ -151,13 +154,13 @@ def test_the_start_says_which_reward_is_asked_and_how_often(tmp_path, capsys):
         return capsys.readouterr().err, task
     err, task = said("toy")
     assert "task toy: 1,000 sequences of 6 letters 'ACGT', such as '" in err
-    assert ("; 0 others held out\nreward: the one built into toy; queries, at most: 32 in "
-            "rollouts, 4,096 for the exact optimum, 60 in the report\n"
+    assert ("; 0 others held out\nreward: the one built into toy; queries, at most: 2 to try it, 32 "
+            "in rollouts, 4,096 for the exact optimum, 60 in the report\n"
             f"method sepo, beta 0.1; cpu; results in {tmp_path / 'a'}\n") in err
     for every, evaluations in ((2, 512), (3, 512), (9, 256)):   # the last rollout is evaluated, too
         err, task = said("arithmetic", eval_every=every)
-        assert (f"queries, at most: 2,048 in rollouts, {evaluations} in evaluations, 60 in the "
-                "report\n") in err
+        assert (f"queries, at most: 2 to try it, 2,048 in rollouts, {evaluations} in evaluations, "
+                "60 in the report\n") in err
     assert f"{len(task.data)} sequences of 9 letters '0123456789+=', such as " in err
     assert f"; {len(task.held)} others held out" in err and 20 < len(task.held) < 90
     (tmp_path / "own.py").write_text("def score(samples): return [len(set(s)) for s in samples]\n")
@@ -165,7 +168,7 @@ def test_the_start_says_which_reward_is_asked_and_how_often(tmp_path, capsys):
     args = [f"--data={tmp_path / 'data.txt'}", f"--reward={tmp_path / 'own.py'}:score", *TINY[:-1]]
     train.main([*args, f"--out={tmp_path / 'b'}", "--group=80"])
     err = capsys.readouterr().err
-    assert "own.py:score; queries, at most: 320 in rollouts, 12 in the report\n" in err
+    assert "own.py:score; queries, at most: 2 to try it, 320 in rollouts, 12 in the report\n" in err
     paid = queried(tmp_path / "b", "stage")
     assert 0 < sum(line["stage"].startswith("report") for line in paid) <= 12
 
@@ -219,6 +222,15 @@ def test_a_run_that_has_gained_nothing_halfway_gets_a_line(gain, is_told, capsys
     err = capsys.readouterr().err
     assert ("after half of the rollouts the mean reward is" in err) == is_told
     assert (", and was 0.5 at first" in err) == is_told
+
+
+def test_too_few_rollouts_are_not_judged(capsys):
+    """A fifth of nine is one rollout, of four none."""
+    own, R = torch.ones(1, 8, dtype=torch.bool), torch.tensor([[0.0, 1.0] * 4]).double()
+    for n in (4, 9):
+        train.advise_halfway([sepo.Rollout(i, None, None, own, None, None, R)
+                              for i in range(1, n + 1)])
+    assert not capsys.readouterr().err
 
 
 def test_a_terminal_without_utf_8_shows_an_escape():
@@ -326,6 +338,20 @@ def test_the_report_says_what_it_asks_and_notes_an_exploited_reward(tmp_path, mo
     assert report["best of 16"]["reward"] > 0.85 > 0.75 > report["pre-trained"]["reward"]
 
 
+def test_best_of_16_is_the_best_of_each_prompts_own_samples(tmp_path, monkeypatch):
+    """Its KL is at most log 16 - 15/16."""
+    asked = captured(monkeypatch, RewardLog, "query")
+    run(tmp_path, "--iters=1", "--pretrain_iters=1", "--prompts=1", "--data_size=2000",
+        "--report_samples=64", task="arithmetic")
+    (samples, rewards), = [(call[2], call[-1]) for call in asked if "report 16" in call]
+    groups = [samples[i:i + 16] for i in range(0, 256, 16)]
+    prompts = [{sample[:6] for sample in group} for group in groups]
+    assert all(len(prompt) == 1 for prompt in prompts) and len(set.union(*prompts)) > 8
+    row = json.loads((tmp_path / "report.json").read_text())["best of 16"]
+    assert row["kl"] == pytest.approx(math.log(16) - 15 / 16) and row["n"] == 16
+    assert row["reward"] == pytest.approx(rewards.view(16, 16).amax(dim=1).mean().item())
+
+
 @pytest.mark.parametrize("shift, is_told", [(0, False), (-9, True)])
 def test_a_policy_below_best_of_16_at_no_less_kl_gets_a_note(shift, is_told, tmp_path, monkeypatch,
                                                              capsys):
@@ -416,6 +442,26 @@ def test_the_best_that_was_ever_asked(toy, capsys):
     assert all(found[string] == pytest.approx(float(reward), abs=1e-4) for reward, string in rows)
     sample.main([f"--run={toy}", "--best=3", "--format=fasta"])
     assert capsys.readouterr().out.count(">sample_") == 3
+
+
+def test_the_best_is_none_that_failed(tmp_path):
+    file = tmp_path / "rewards.jsonl"
+    rows = [dict(sample="A", reward=1.0, iter=1), dict(sample="B", reward=9.0, iter=1, failed=True)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [*sample.best_found(file, 5)] == [("A",), (1.0,)]
+
+
+def test_a_loaded_model_has_no_dropout_and_takes_turns_with_the_prompts(toy):
+    model, saved = sample.load_model(toy / "finetuned.pt")
+    assert not any(module.training for module in model.modules())
+    prompts = torch.arange(3)[:, None]
+    assert sample.read_prompts(None, "", prompts, 5).flatten().tolist() == [0, 1, 2, 0, 1]
+
+
+def test_the_report_asks_a_tenth_of_all_prompts_rollouts(tmp_path):
+    args, _ = train.read_flags(["--task=two", f"--out={tmp_path}", "--iters=29", "--prompts=10",
+                                "--group=4"])
+    assert args.report_samples == 16
 
 
 def test_prompts_comparison_movie_and_histogram(toy, tmp_path, capsys):

@@ -791,6 +791,23 @@ def test_the_law_after_the_corrector_is_that_of_its_samples():
         assert torch.allclose(after, law.double(), atol=1e-6)
 
 
+@pytest.mark.parametrize("N", [10, 22, 23])
+def test_a_plan_starts_at_its_step_of_the_grid(N):
+    """Though in floating point 15 / 22 * 22 is less than 15."""
+    x = torch.zeros(3, 2, dtype=torch.long)
+    for k in range(1, N + 1):
+        path, sizes = Uniform(2, steps=N).plan(x, x > 0, k / N)
+        assert sizes == [3] * k and path.t[0].item() == pytest.approx(k / N) and path.s[-1] == 0
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+def test_the_corrector_takes_one_step_of_the_grid_at_least(chain):
+    process, model = chain(2, steps=10), network(2, 30, time_conditioning=True)
+    tokens, _ = process.sample(model, 4, 30)
+    _, path = process.correct_path(model, tokens, tokens < 0, 0.01, 1)
+    assert path.t.unique().tolist() == pytest.approx([0.1])
+
+
 def test_the_corrector_starts_at_the_nearest_step_of_the_grid():
     """0.29 of ten steps is the third, not the second."""
     process, model = Uniform(2, steps=10), network(2, 3, time_conditioning=True)

@@ -24,9 +24,9 @@ def test_every_function_of_the_map_exists():
     walk = README.split("| function | question |")[1].split("\n\n")[0]
     source = "".join((ROOT / f"{name}.py").read_text() for name in ("diffusion", "sepo", "train"))
     names = [name for row in walk.splitlines()[2:] for name in re.findall(r"`(\w+)`", row)]
-    assert len(names) >= 15
+    assert len(names) >= 9
     for name in names:
-        assert re.search(rf"(def|class) {name}\b", source), name
+        assert re.search(rf"def {name}\b", source), name
 
 
 def test_every_file_and_picture_exists():
@@ -50,7 +50,9 @@ def test_figures_of_the_readme_are_those_of_the_results():
 
 
 def test_the_front_page_is_short():
-    assert len(README.splitlines()) <= 210
+    assert len(README.split()) <= 1500
+    prose = re.sub(r"```.*?```|^(    |\||!).*?$", "", README, flags=re.S | re.M)
+    assert max(map(len, prose.splitlines())) <= 100
 
 
 @pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", README, re.S))

@@ -170,6 +170,14 @@ def test_a_learning_rate_that_blows_up_ends_in_one_line_and_keeps_good_weights(t
     assert not (tmp_path / "finetuned.pt").exists()
 
 
+def test_weights_that_are_not_finite_are_never_saved(tmp_path):
+    """Where the last update makes them so, no gradient tells."""
+    model = network(2, 3)
+    model.head.bias.data[1] = float("inf")
+    with pytest.raises(train.BadInput, match="weights are not finite: .*; last.pt is good"):
+        train.save(None, None, model, "finetuned.pt")
+
+
 def test_a_damaged_checkpoint_and_one_with_code_are_refused(toy, tmp_path, capsys):
     out = tmp_path / "run"
     shutil.copytree(toy, out)
@@ -249,6 +257,13 @@ def test_overwrite_keeps_the_rewards_that_were_paid_for(tmp_path):
     run(tmp_path, "--overwrite", "--seed=1")
     kept, = tmp_path.glob("rewards-*.jsonl")
     assert kept.read_text() == paid != (tmp_path / "rewards.jsonl").read_text()
+
+def test_overwrite_keeps_no_policy_of_the_old_run(tmp_path, monkeypatch):
+    run(tmp_path)
+    assert (tmp_path / "best.pt").exists()
+    monkeypatch.setattr(train, "is_best", lambda *_: False)
+    run(tmp_path, "--overwrite")
+    assert not (tmp_path / "best.pt").exists()
 
 # -----------------------------------------------------------------------------
 # several processes

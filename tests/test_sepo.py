@@ -588,7 +588,7 @@ def test_chunks_add_up_to_the_whole_update(chain, events):
 def test_prdp_runs_on_whole_paths(is_new):
     process, model, reference, rollout, path, past = a_round()
     path, old, log_ratio = drawn_or_remembered(process, model, reference, rollout, path, is_new)
-    calls, args = spied(process), flags(updates=2, path_events=1, clip=0.01)
+    calls, args = spied(process), flags(algo="prdp", updates=2, path_events=1, clip=0.01)
     for update, (loss, clip_fraction) in enumerate(sepo.METHODS["prdp"](
             args, process, model, reference, rollout, path, past)):
         assert len(calls) == update + (1 if is_new else 2)
@@ -752,6 +752,27 @@ def test_known_samples_never_crowd_out_those_of_the_run():
     counts = [sepo.remembered(past, None, 0.0).iter for _ in range(400)].count(0)
     assert 150 < counts < 250
     assert all(sepo.remembered(past[50:], None, 0.0).iter for _ in range(9))
+
+
+def test_a_recombined_sample_has_a_segment_of_another_that_is_moved_and_masks():
+    """Each letter names its parent and its place there. A third parent has no weight."""
+    L, n = 40, 600
+    parents = torch.arange(3 * L).view(3, L)
+    torch.manual_seed(0)
+    child = sepo.recombine(parents, torch.tensor([0.5, 0.5, 0.0]), n, 3 * L)
+    free = child == 3 * L
+    parent, shift = child // L, (child - torch.arange(L) + 2) % L - 2
+    assert set(parent[~free].tolist()) == {0, 1} and set(shift[~free].tolist()) == {*range(-2, 3)}
+    crossed = 0
+    for i in range(n):
+        rows = zip(parent[i, ~free[i]].tolist(), shift[i, ~free[i]].tolist())
+        pieces = [piece for piece, _ in itertools.groupby(rows)]
+        assert len(pieces) <= 3 and (len(pieces) < 3 or pieces[0] == pieces[2])
+        assert all(move == 0 for _, move in (pieces[0], pieces[-1])) or len(pieces) < 3
+        crossed += len({parent for parent, _ in pieces}) > 1
+    assert crossed > n / 4                                      # half of the pairs differ
+    share = free.float().mean(dim=1)            # a deviation of 0.13, or of 0.07 at one chance
+    assert share.mean().item() == pytest.approx(0.275, abs=0.02) and share.std() > 0.12
 
 
 def test_at_the_optimum_what_is_biased_has_faded_and_the_rest_stands_still():

@@ -3,10 +3,12 @@ iteration taken apart: what the loop gives to each method, and what it makes of 
 
 Read first test_an_iteration_is_its_formulas_written_out."""
 import json
+import math
 import random
 from argparse import Namespace
 from copy import deepcopy
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -22,7 +24,7 @@ from helpers import (TINY, captured, command, fails, lines, queried, resume, rol
                      saved_as, set_two, share_of, weights)
 from helpers import two  # noqa: F401  (a fixture of every test)
 from model import Block, Muon, make_model, make_optimizers, orthogonal
-from rewards import TASKS
+from rewards import TASKS, RewardLog
 
 # -----------------------------------------------------------------------------
 # a whole run
@@ -349,6 +351,132 @@ def test_the_best_policy_is_kept(tmp_path, monkeypatch):
     sample.main([f"--run={tmp_path}", "--which=best", "--n=2"])
 
 
+def test_a_mean_return_is_that_of_all_processes_and_counts_the_kl(monkeypatch):
+    """Two processes, beta = 2: the returns of an iteration are those of both."""
+    monkeypatch.setattr(train, "WORLD_SIZE", 2)
+
+    def rollout(iter, reward, log_ratio):
+        column = torch.ones(1, 2)
+        return sepo.Rollout(iter, None, None, column > 0, log_ratio * column, column,
+                            reward * column.double())
+    first, second = (rollout(1, 4.0, 0.0), rollout(1, 0.0, 0.0)), (rollout(2, 3.0, 0.0),) * 2
+    args = Namespace(beta=2.0, eval_every=1)                    # means 2, then (2 + 3) / 2
+    assert train.is_best(args, [*first, *second]) and not train.is_best(args, [*second, *first])
+    assert train.is_best(args, [*second, *second])              # of equal ones the last
+    assert not train.is_best(args, [*first, rollout(2, 3.0, 0.6), rollout(2, 3.0, 0.5)])
+
+
+def test_rates_and_dropout_of_every_step(tmp_path, monkeypatch):
+    """In pre-training: a warm-up of 50 steps, a decay to 5%, weight decay, and dropout also after
+    an evaluation; in fine-tuning none of these but the decay."""
+    steps, real, made = [], train.step, captured(monkeypatch, train, "make_optimizers")
+
+    def spy(model, optimizers, lr):
+        steps.append((lr, model.training))
+        return real(model, optimizers, lr)
+    monkeypatch.setattr(train, "step", spy)
+    run(tmp_path, "--pretrain_iters=60", "--pretrain_lr=0.5", "--lr=0.25", "--iters=2",
+        "--updates=1", "--report_samples=0")
+    rates = [0.5 * min((i + 1) / 50, max(0.05, 1 - i / 60)) for i in range(60)]
+    assert [lr for lr, _ in steps] == pytest.approx([*rates, 0.25, 0.125])
+    assert [is_on for _, is_on in steps] == [True] * 60 + [False] * 2
+    decays = [[o.param_groups[0]["weight_decay"] for o in call[-1]] for call in made]
+    assert decays == [[0.01] * 2, [0.0] * 2]
+    assert [train.decay(i, 10) for i in (0, 5, 10, 20)] == [1, 0.5, 0.05, 0.05]
+
+
+def test_a_step_holds_the_norm_of_the_gradient_at_one():
+    model = torch.nn.Linear(2, 1, bias=False)
+    for gradient, length in ((5.0, 1.0), (0.5, 0.5)):
+        torch.nn.init.zeros_(model.weight)
+        model.weight.grad = gradient * torch.tensor([[0.6, -0.8]])
+        norm = train.step(model, [torch.optim.SGD(model.parameters(), 9.0)], 2.0)
+        assert norm.item() == pytest.approx(gradient) and model.weight.grad is None
+        assert model.weight.tolist()[0] == pytest.approx([-1.2 * length, 1.6 * length])
+
+
+def test_micro_batches_of_pre_training_add_up_to_the_batch(tmp_path, monkeypatch):
+    """32 sequences at once, or 12, 12 and 8 of them; here with a loss that draws nothing."""
+    def loss(self, model, x0, given):
+        logits = model(x0)
+        return torch.nn.functional.cross_entropy(logits.transpose(1, 2), x0.roll(1, dims=1))
+    monkeypatch.setattr(Absorbing, "loss", loss)
+    for n in (0, 12):
+        run(tmp_path / str(n), f"--micro_batch={n}", "--iters=0", "--report_samples=0",
+            "--pretrain_lr=0.05")
+    whole, parts = (lines(tmp_path / n, "pretrain")[-1] for n in ("0", "12"))
+    for name in ("loss", "grad_norm"):
+        assert parts[name] == pytest.approx(whole[name], rel=1e-4)
+
+
+def test_every_seed_phase_iteration_and_process_draws_its_own(monkeypatch):
+    drawn = set()
+    for seed, phase, i, rank in product((0, 1), ("pretrain", "finetune"), range(3), range(2)):
+        monkeypatch.setattr(train, "RANK", rank)
+        train.seed_everything(Namespace(seed=seed), phase, i)
+        drawn |= {(0, torch.rand(1).item()), (1, random.random())}
+    assert len(drawn) == 2 * 24
+
+
+def test_the_path_of_explored_rows_draws_every_position(monkeypatch):
+    """Not only those that were masked: what they cost is the log-ratio of whole samples."""
+    set_two(monkeypatch, share_of("C"), "ACGT", 9)
+    task, process, model = TASKS["two"](), Absorbing(4), network(4, 9)
+    args = Namespace(prompts=1, group=8, explore=0.5, beta=0.3, min_ess=2.0, corrector_steps=0)
+    task.data, zero = task.draw(10, None), torch.zeros(1, 10)
+    old = sepo.Rollout(1, task.data, task.data < 0, zero == 0, zero, zero, zero.double())
+    tokens, given, is_own, path = train.roll_out(args, task, process, model, [old])
+    assert is_own.tolist() == [False] * 4 + [True] * 4 and not given.any()
+    assert path.per_sequence(torch.ones_like(path.logp)).tolist() == [9] * 8
+    assert (path.y == tokens[path.row].gather(1, path.positions))[path.scored].all()
+    with torch.no_grad():
+        assert torch.allclose(path.logp, process.logp(model, path), atol=1e-6)
+
+
+def test_the_best_reward_never_falls_and_is_that_of_the_run(tmp_path, monkeypatch):
+    """The first sample of each rollout earns 9, 1, 5 and 1, all others 0; a known one 99."""
+    def rollout(iter, value):
+        reward = torch.tensor([[value, 0.0]]).double()
+        return sepo.Rollout(iter, None, None, reward >= 0, reward, reward, reward)
+    buffer, best = [rollout(0, 99.0)], []
+    for i, value in enumerate((9.0, 1.0, 5.0), 1):
+        buffer.append(rollout(i, value))
+        zero = [torch.zeros(())]
+        best.append(train.summary(buffer[-1:], buffer, zero, zero)["best"])
+    assert best == [9, 9, 9]
+
+
+def test_the_first_judgement_is_without_samples_that_failed(tmp_path, monkeypatch):
+    advised = captured(monkeypatch, train, "advise")
+    set_two(monkeypatch, lambda samples: [None if s[0] == "1" else 1.0 for s in samples],
+            exact=False)
+    run(tmp_path, "--iters=1", "--group=40", "--on_error=-9")
+    (_, rewards, _), = advised
+    assert 0 < len(rewards) < 40 and (rewards == 1).all()
+
+
+def test_a_group_has_one_prompt_and_evaluations_have_held_out_ones(tmp_path, monkeypatch):
+    drawn = captured(monkeypatch, train, "roll_out")
+    asked = captured(monkeypatch, RewardLog, "query")
+    run(tmp_path, "--iters=1", "--prompts=2", "--group=4", "--data_size=2000", task="arithmetic")
+    prompts = drawn[0][-1][0][:, :6].view(2, 4, 6)
+    assert (prompts == prompts[:, :1]).all() and not torch.equal(prompts[0], prompts[1])
+    samples, = (call[2] for call in asked if "evaluation" in call)
+    task = TASKS["arithmetic"]()
+    assert len(samples) > 50 and task.is_held(task.encode(samples)).all()
+
+
+def test_the_run_is_judged_at_first_and_halfway_and_its_folder_is_held(tmp_path, monkeypatch):
+    """Once each; the folder also where it is resumed."""
+    seen, held = [], captured(monkeypatch, train, "hold")
+    monkeypatch.setattr(train, "advise_halfway", lambda buffer: seen.append(len(buffer)))
+    monkeypatch.setattr(train, "advise", lambda args, rewards: seen.append(-len(rewards)))
+    run(tmp_path)
+    assert seen == [-8, 2] and [folder for folder, _ in held] == [tmp_path]
+    resume(tmp_path)
+    assert seen == [-8, 2] and [folder for folder, _ in held] == [tmp_path] * 2
+
+
 @pytest.mark.parametrize("given, n_embd, n", [(None, 16, [1]), ("2", 16, []), (None, 66, [])])
 def test_small_networks_take_one_thread_unless_told_otherwise(given, n_embd, n, tmp_path,
                                                               monkeypatch):
@@ -377,6 +505,44 @@ def test_muon_is_that_of_torch_in_float32(shape):
     assert (ours - theirs).norm() < 0.03 * (ours - first).norm()
     values = torch.linalg.svdvals(orthogonal(torch.randn(shape)))
     assert 0.5 < values.min() and values.max() < 1.3
+
+
+def test_a_new_network_predicts_evenly_and_keeps_its_scale_at_any_depth():
+    args = Namespace(n_layer=8, n_head=2, n_embd=64, conv=0, dropout=0.0, process="uniform")
+    torch.manual_seed(0)
+    model = make_model(args, 5, 6)
+    assert (model(torch.randint(6, (2, 6)), torch.rand(2)) == 0).all()
+    for block in model.blocks:
+        for layer, std in ((block.up, 0.02), (block.query, 0.02), (block.out, 0.005),
+                           (block.down, 0.005)):                # 0.02 / sqrt(2 * 8)
+            assert layer.weight.std().item() == pytest.approx(std, rel=0.1)
+
+
+def test_dropout_is_in_three_places_of_a_block_in_training_alone():
+    """At p = 1 nothing of both branches is left; where the attention alone drops, the MLP is."""
+    x, block = torch.randn(2, 5, 16), network(4, 5, n_embd=16, n_layer=1).blocks[0]
+    plain = block(x)
+    block.drop.p = 1.0
+    assert torch.equal(block(x), plain) and torch.equal(block.train()(x), x)
+    real, block.drop.p, seen = block.drop.forward, 0.25, []
+    block.drop.forward = lambda h: seen.append((real(h) == 0).float().mean().item()) or h
+    torch.manual_seed(0)
+    noisy = block(x)
+    assert len(seen) == 2 and seen == pytest.approx([0.25] * 2, abs=0.1)
+    assert not torch.allclose(noisy, plain)                     # that of the attention
+    block.drop.forward = real
+    assert torch.equal(block.eval()(x), plain)
+
+
+def test_the_network_reads_the_time_in_waves_from_one_thousandth_on():
+    """1000 t times 10000^(-j / half)."""
+    model, x = network(4, 3, n_embd=8, time_conditioning=True), torch.zeros(1, 3, dtype=torch.long)
+    model.time = torch.nn.Identity()
+    plain = model.token(x) + model.position.weight[:3]
+    waves = (model.embed(x, torch.tensor([0.0123])) - plain)[0, 1]
+    angles = [12.3, 1.23, 0.123, 0.0123]
+    expected = [math.cos(a) for a in angles] + [math.sin(a) for a in angles]
+    assert waves.tolist() == pytest.approx(expected, abs=1e-4)
 
 
 def test_every_parameter_has_one_optimizer():
