@@ -19,7 +19,7 @@ import torch
 import sample
 import sepo
 import train
-from diffusion import Absorbing
+from diffusion import Absorbing, Uniform
 from helpers import (ROOT, TINY, captured, fails, launch, lines, queried, run, same, saved_as,
                      set_two, share_of, weights)
 from helpers import toy, two  # noqa: F401  (fixtures)
@@ -479,6 +479,21 @@ def test_a_uniform_run_is_sampled_and_filmed(tmp_path, capsys):
     capsys.readouterr()
     sample.main([f"--run={tmp_path}", "--n=2", f"--movie={tmp_path / 'a.gif'}"])
     assert len(printed_rows(capsys)) == 2 and (tmp_path / "a.gif").read_bytes()[:4] == b"GIF8"
+
+
+def test_samples_have_the_steps_of_the_run_or_those_that_were_typed(tmp_path, monkeypatch):
+    run(tmp_path, "--process=uniform", "--steps=5", "--iters=0", "--report_samples=0")
+    plans = captured(monkeypatch, Uniform, "plan")
+    for steps in ([], ["--steps=3"], ["--steps=0"]):
+        sample.main([f"--run={tmp_path}", "--n=2", *steps])
+    assert [len(call[-1][1]) for call in plans] == [5, 3, 16]
+
+
+def test_the_best_have_a_histogram_and_the_best_model_stands_beside(toy, tmp_path, capsys):
+    sample.main([f"--run={toy}", "--best=3", f"--plot={tmp_path / 'a.png'}"])
+    assert len(printed_rows(capsys)) == 3 and (tmp_path / "a.png").stat().st_size > 1000
+    sample.main([f"--run={toy}", "--compare", "--which=best", "--n=2"])
+    assert re.search("reward  pretrained .* reward  best", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("text, message", [

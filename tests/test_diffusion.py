@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sepo
-from diffusion import Absorbing, Path, Uniform, gumbel_argmax, pick, stratified
+from diffusion import Absorbing, Path, Uniform, device_of, gumbel_argmax, pick, stratified
 from exact import (Posterior, Table, chi_square, corrected_law, every_path, gradient, has_bfloat16,
                    kl, law_given, network, plain_loop, posterior_table, probability, random_law,
                    rank, sequences)
@@ -317,6 +317,26 @@ def test_subset_is_unbiased_and_knows_sequences_without_a_transition(transitions
     assert mean(path) == pytest.approx((1 + 3 + 35) / 4)
     assert mean(part) == pytest.approx(mean(path), rel=0.05)
     assert part.per_sequence(torch.ones(len(part), 1))[::4].tolist() == [0.0] * n
+
+
+def test_a_part_of_a_part_is_unbiased():
+    """One of four of six transitions, or of two: its weight is that of all."""
+    process, model = Absorbing(3), network(3, 6)
+    _, path = process.sample(model, 5, 6)
+    part = path.subset(4).subset(1)
+    assert len(part) == 5 and part.weight.tolist() == pytest.approx([6 / 5] * 5)
+
+
+def test_a_function_is_sampled_where_its_prompt_is():
+    """device "meta" holds no values: the prompt must not be moved to the CPU."""
+    seen = []
+
+    def model(x, t):
+        seen.append(x.device.type)
+        return torch.zeros(*x.shape, 3, device=x.device)
+    Absorbing(3).sample(model, 2, 4, torch.full((4,), 3))
+    assert seen == ["cpu"] * 4
+    assert device_of(model, torch.device("meta")).type == "meta"
 
 
 def test_a_part_of_a_path_keeps_its_weights():

@@ -4,7 +4,10 @@ iteration taken apart: what the loop gives to each method, and what it makes of 
 Read first test_an_iteration_is_its_formulas_written_out."""
 import json
 import math
+import os
 import random
+import re
+import time
 from argparse import Namespace
 from copy import deepcopy
 from dataclasses import asdict
@@ -636,6 +639,57 @@ def test_known_rows_are_grouped_by_their_prompts():
         assert group.given[:, :6].all() and not group.given[:, 6:].any()
         assert (group.log_ratio == 0).all() and (group.log_ref < -1).all()
         assert group.log_ratio.shape == group.log_ref.shape == (1, len(strings))
+
+
+def test_known_rows_have_the_same_paths_on_every_process():
+    task, reference = TASKS["arithmetic"](), network(12, 9)
+    tokens, reward = task.encode(["44+44=088", "44+44=089"]), torch.zeros(2).double()
+    found = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        group, = train.as_rollouts(Namespace(seed=0, group=2), task, Absorbing(12), reference,
+                                   tokens, reward)
+        found.append(group.log_ref)
+    assert torch.equal(*found)
+
+
+def test_a_known_reward_that_contradicts_the_black_box_is_told(tmp_path, capsys):
+    """Of the start check, which asks for one or two samples."""
+    rows = ["".join(letters) for letters in product("01", repeat=3)]
+    file = tmp_path / "known.csv"
+    file.write_text("sample,reward\n" + "".join(f"{row},7\n" for row in rows))
+    run(tmp_path / "a", f"--known={file}", "--iters=1")
+    assert re.search("for [12] samples the reward is not what --known says", capsys.readouterr().err)
+
+
+def test_the_held_out_loss_is_that_of_held_out_data(tmp_path, monkeypatch):
+    monkeypatch.setattr(TASKS["two"], "split", lambda self, n, seed: (
+        torch.zeros(50, 3, dtype=torch.long), torch.ones(9, 3, dtype=torch.long)))
+    monkeypatch.setattr(Absorbing, "loss", lambda self, model, x0, given: (
+        x0.float().mean() + 0 * sum(p.sum() for p in model.parameters())))
+    run(tmp_path, "--iters=1")
+    line, = lines(tmp_path, "pretrain")
+    assert (line["loss"], line["held_out_loss"]) == (0, 1)
+
+
+def test_a_model_brings_held_out_prompts_and_the_dtype_that_was_asked(tmp_path, monkeypatch):
+    seen = captured(monkeypatch, train, "finetune")
+    run(tmp_path, "--dtype=bfloat16", "--iters=0", "--report_samples=0", "--data_size=2000",
+        task="arithmetic")
+    assert seen[0][3].autocast is torch.bfloat16
+    prompts = saved_as(tmp_path, "pretrained")["prompts"]
+    assert len(prompts) > 50 and TASKS["arithmetic"]().is_held(prompts).all()
+
+
+def test_a_clock_that_was_set_back_saves(tmp_path):
+    args, now = Namespace(out=tmp_path, save_every=30), time.time()
+    assert train.is_time_to_save(args, False)
+    (tmp_path / "last.pt").touch()
+    for shift, expected in ((0, False), (-100, True), (100, True)):
+        os.utime(tmp_path / "last.pt", (now + shift, now + shift))
+        assert train.is_time_to_save(args, False) == expected
+    os.utime(tmp_path / "last.pt")
+    assert train.is_time_to_save(args, True)
 
 # -----------------------------------------------------------------------------
 # speed
