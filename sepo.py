@@ -114,8 +114,9 @@ def surrogate(log_ratio, A, clip):
     return torch.minimum(free, clipped), free > clipped
 
 
-def average(objective, is_clipped, scored, weight):
-    """Terms [n, k] -> minus their weighted sum; the share of the scored ones that are clipped."""
+def loss_and_clip_fraction(objective, is_clipped, scored, weight):
+    """Terms [n, k] of the objective -> minus their weighted sum; the share of the scored ones where
+    the clip is active."""
     loss = -(weight[:, None] * scored * objective).sum()
     return loss, (is_clipped & scored).sum() / scored.sum().clamp(min=1)
 
@@ -145,7 +146,7 @@ def sepo_loss(logp, path, advantages, clip=0.1, clip_mode="stop"):
     objective, is_clipped = surrogate(logp - path.logp, A, clip)                        # [n, k]
     if clip_mode == "cap":
         objective = objective.detach() * logp
-    return average(objective, is_clipped, path.scored, path.weight)
+    return loss_and_clip_fraction(objective, is_clipped, path.scored, path.weight)
 
 
 def loop_loss(logp, path, advantages, clip=0.1):
@@ -155,7 +156,8 @@ def loop_loss(logp, path, advantages, clip=0.1):
     update per rollout it is REINFORCE."""
     log_ratio = ((logp - path.logp) * path.scored).sum(dim=1, keepdim=True)             # [n, 1]
     objective, is_clipped = surrogate(log_ratio, of_transitions(path, advantages), clip)
-    return average(objective, is_clipped, path.scored.any(dim=1, keepdim=True), path.weight)
+    is_scored = path.scored.any(dim=1, keepdim=True)
+    return loss_and_clip_fraction(objective, is_clipped, is_scored, path.weight)
 
 
 def prdp_loss(logp, path, rewards, log_ratio, beta, clip=0.1):
@@ -474,4 +476,5 @@ def published_loss(new, old, advantages, clip=0.1):
     log_ratio = log_p - log_p_old + log_s_old - log_s
     smaller, is_clipped = surrogate(log_ratio, advantages[:, None], clip)
     objective = -(log_p.exp() * smaller).detach() * log_s
-    return average(objective, is_clipped, is_other, torch.full_like(advantages, 1 / len(log_s)))
+    weight = torch.full_like(advantages, 1 / len(log_s))
+    return loss_and_clip_fraction(objective, is_clipped, is_other, weight)

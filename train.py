@@ -132,9 +132,9 @@ METHOD_FLAGS = {                                    # defaults, after those of t
     "wdce": dict(updates=16, replay=0, explore=0.5),
     "published": dict(updates=4, replay=0),
 }
-PASSING = {"resume", "overwrite", "out"}            # not kept in config.json
-FREE = PASSING | {"iters", "pretrain_iters", "save_every", "on_error", "device", "compile",
-                  "report_samples"}                 # may change with --resume
+NOT_SAVED = {"resume", "overwrite", "out"}          # in config.json
+MAY_CHANGE = NOT_SAVED | {"iters", "pretrain_iters", "save_every", "on_error", "device", "compile",
+                          "report_samples"}         # with --resume
 
 # -----------------------------------------------------------------------------
 # the story
@@ -227,7 +227,7 @@ def pretrain(args, task, process, model):
     for i in bar:
         seed_everything(args, "pretrain", i)
         lr = args.pretrain_lr * min((i + 1) / 50, decay(i, args.pretrain_iters))
-        x0 = pick_rows(task.data, batch)                                                # [B, L]
+        x0 = random_rows(task.data, batch)                                                # [B, L]
         for part in x0.split(args.micro_batch or batch):
             loss = loss_of(part) * len(part) / batch
             loss.backward()
@@ -347,7 +347,7 @@ def summary(drawn, buffer, clipped, norms):
 def roll_out(args, task, process, model, buffer):
     """G samples of the current policy for each of P prompts -> tokens, given [P * G, L], is_own
     [P * G], path. With --explore some are not its own, but remembered and in part drawn anew."""
-    prompt = task.prompts(pick_rows(task.data, args.prompts // WORLD_SIZE))
+    prompt = task.prompts(random_rows(task.data, args.prompts // WORLD_SIZE))
     prompt = prompt.repeat_interleave(args.group, dim=0)    # without prompts: masks alone
     given = prompt != process.mask
     n_old = int(args.explore * len(prompt)) if buffer else 0
@@ -365,7 +365,7 @@ def roll_out(args, task, process, model, buffer):
     return tokens, given, torch.arange(len(tokens), device=tokens.device) >= n_old, path
 
 
-def pick_rows(x, n):
+def random_rows(x, n):
     return x[torch.randint(len(x), (n,), device=x.device)]
 
 
@@ -539,7 +539,7 @@ def log_metrics(args, bar, **metrics):
 
 def flags_of(args):
     """The flags that make a run what it is; they are in its config.json and in its models."""
-    return {name: value for name, value in asdict(args).items() if name not in PASSING}
+    return {name: value for name, value in asdict(args).items() if name not in NOT_SAVED}
 
 
 def hold(folder):
@@ -555,9 +555,7 @@ def hold(folder):
 
 
 def open_folder(args, task):
-    """The folder of a new run, or with --resume of the one to go on with -> its RewardLog.
-
-    Before anything is written, the reward and the task's measure are tried on two samples."""
+    """The folder of a new run, or with --resume of the one to go on with -> its RewardLog."""
     file = args.out / "rewards.jsonl"
     if args.resume:
         if MASTER:
@@ -566,12 +564,7 @@ def open_folder(args, task):
             log_size = checkpoint_of(args).get("log_size", 0)
             os.truncate(args.out / "metrics.jsonl", log_size)
         return RewardLog(file, args.on_error, MASTER)
-    trial = RewardLog(on_error=args.on_error)
-    samples = list(dict.fromkeys(task.strings(task.data[:2])))[::-1]    # a reward may sort its list
-    trial.query(task.reward, samples, query_together)
-    if trial.failed.issuperset(samples):
-        raise BadInput(f"the reward fails for the first samples of the data, {samples}")
-    measured(task, samples)
+    answers = try_reward(args, task)                    # before anything is written
     if MASTER:
         args.out.mkdir(parents=True, exist_ok=True)
         hold(args.out)
@@ -583,8 +576,19 @@ def open_folder(args, task):
         (args.out / "metrics.jsonl").write_text("")
     gather(None)                                        # the others wait
     log = RewardLog(file, args.on_error, MASTER)
-    log.add({s: r for s, r in trial.reward_of.items() if s not in trial.failed}, stage="check")
+    log.add(answers, stage="check")
     return log
+
+
+def try_reward(args, task):
+    """Try the reward, and what the task measures, on two samples -> {sample: reward}."""
+    trial = RewardLog(on_error=args.on_error)
+    samples = list(dict.fromkeys(task.strings(task.data[:2])))[::-1]    # a reward may sort its list
+    trial.query(task.reward, samples, query_together)
+    if trial.failed.issuperset(samples):
+        raise BadInput(f"the reward fails for the first samples of the data, {samples}")
+    measured(task, samples)
+    return {s: r for s, r in trial.reward_of.items() if s not in trial.failed}
 
 
 def save_config(args):
@@ -687,7 +691,7 @@ def read_flags(argv=None):
         except ValueError as error:
             parser.error(f"{out}/config.json is damaged: {error}")
         for name, value in {**typed, "processes": WORLD_SIZE}.items():
-            if name not in FREE and value != saved.get(name):
+            if name not in MAY_CHANGE and value != saved.get(name):
                 parser.error(f"--{name}={value}: the run in {out} has {saved.get(name)}")
         typed = saved | typed
     typed.pop("processes", None)
