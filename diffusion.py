@@ -344,9 +344,9 @@ class Absorbing(Chain):
         t = time[row, positions[:, 0]]
         s = t - 1 / self.steps if self.steps else t     # without a grid a reveal takes no time
         y = tokens[row[:, None], positions]
+        logp = torch.zeros_like(y, dtype=torch.float)
         weight = torch.full_like(t, 1 / len(time), dtype=torch.float)
-        path = Path(row, x, t.float(), s.float(), positions, y, scored > 0,
-                    torch.zeros_like(y, dtype=torch.float), weight, len(time))
+        path = Path(row, x, t.float(), s.float(), positions, y, scored > 0, logp, weight, len(time))
         return path, now.bincount().tolist()
 
     def path_to(self, tokens, given=None):

@@ -329,7 +329,8 @@ def movie(task, tokens, path, rewards, file):
     from matplotlib import colormaps
     from matplotlib.animation import FuncAnimation, PillowWriter
     from matplotlib.figure import Figure
-    states = [torch.cat((path.x[path.row == b], tokens[b:b + 1])) for b in range(len(tokens[:8]))]
+    tokens = tokens[:8]
+    states = [torch.cat((path.x[path.row == b], x0[None])) for b, x0 in enumerate(tokens)]
     last = max(map(len, states)) - 1
     figure = Figure(figsize=(min(12, 1 + 0.35 * task.length), 3.5))
     axis = figure.subplots()

@@ -264,8 +264,9 @@ def remembered(past, seen, far):
     good = torch.multinomial(weights, P * (G // 2), replacement=True).view(P, -1)
     rest = torch.randperm(G, device=good.device)[G // 2:]
     drawn = rollout.tokens.unflatten(0, (P, G))[:, rest]                            # [P, G/2, L]
-    return replace(rollout, tokens=torch.cat((tokens[good], drawn), dim=1).flatten(0, 1),
-                   reward=torch.cat((reward[good], rollout.reward[:, rest]), dim=1))
+    mixed = torch.cat((tokens[good], drawn), dim=1)                                 # [P, G, L]
+    reward = torch.cat((reward[good], rollout.reward[:, rest]), dim=1)
+    return replace(rollout, tokens=mixed.flatten(0, 1), reward=reward)
 
 
 def recombine(tokens, weights, n, mask):

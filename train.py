@@ -335,9 +335,9 @@ def summary(drawn, buffer, clipped, norms):
     reward, kl = (torch.cat([getattr(old, name)[old.is_own] for old in drawn]).double()
                   for name in ("reward", "log_ratio"))
     best = torch.stack([old.reward.max() for old in buffer if old.iter])
+    clip_fraction, grad_norm = torch.stack(clipped).mean(), torch.stack(norms).mean()
     values = dict(reward=reward.mean(), reward_std=reward.std(correction=0), best=best.max(),
-                  kl=kl.mean(), clip_fraction=torch.stack(clipped).mean(),
-                  grad_norm=torch.stack(norms).mean())
+                  kl=kl.mean(), clip_fraction=clip_fraction, grad_norm=grad_norm)
     numbers = torch.stack(list(values.values())).tolist()       # one transfer from the device
     return dict(zip(values, numbers))
 
@@ -410,9 +410,10 @@ def announce(args, task, device, is_exact):
     reward = os.path.relpath(args.reward) if args.reward else f"the one built into {args.task}"
     example, = task.strings(task.data[:1])
     print(f"task {args.task}: {len(task.data):,} sequences of {task.length} letters "
-          f"{task.alphabet!r}, such as {example!r}; {len(task.held):,} others held out\n"
-          f"reward: {reward}; queries, at most: {cost}\n"
-          f"method {args.algo}, beta {args.beta:g}; {device}; results in {args.out}",
+          f"{task.alphabet!r}, such as {example!r}; {len(task.held):,} others held out",
+          file=sys.stderr)
+    print(f"reward: {reward}; queries, at most: {cost}", file=sys.stderr)
+    print(f"method {args.algo}, beta {args.beta:g}; {device}; results in {args.out}",
           file=sys.stderr)
 
 
@@ -632,10 +633,11 @@ def save(args, task, model, name, **more):
     if not all(p.isfinite().all() for p in model.parameters()):
         raise BadInput("weights are not finite: try a smaller learning rate; last.pt is good")
     if MASTER:
+        prompts = task.prompts(task.held[:256])
+        log_size = (args.out / "metrics.jsonl").stat().st_size
         checkpoint = dict(model=model.state_dict(), flags=flags_of(args), length=task.length,
-                          alphabet=task.alphabet, pad=task.pad,
-                          prompts=task.prompts(task.held[:256]))
-        checkpoint |= more | dict(log_size=(args.out / "metrics.jsonl").stat().st_size)
+                          alphabet=task.alphabet, pad=task.pad, prompts=prompts,
+                          log_size=log_size, **more)
         try:
             write(args.out / name, lambda part: torch.save(checkpoint, part))
         except RuntimeError as error:                   # torch raises this when the disk is full
@@ -723,9 +725,9 @@ def check(parser, args, task):
     refuse(not all(number >= 0 for number in numbers) or math.inf in (args.beta, args.lr),
            "--beta and --lr must be at least 0, as --clip, --min_ess, --explore, --dropout, "
            "--steps, --replay, --micro_batch and --denoise")
-    refuse(max(args.explore, args.dropout) >= 1 or not 0 < args.corrector_t < 1
-           or not math.isfinite(args.on_error or 0), "--explore and --dropout must be below 1, "
-           "--corrector_t between 0 and 1, and --on_error a finite number")
+    refuse(max(args.explore, args.dropout) >= 1, "--explore and --dropout must be below 1")
+    refuse(not 0 < args.corrector_t < 1, "--corrector_t must be between 0 and 1")
+    refuse(not math.isfinite(args.on_error or 0), "--on_error must be a finite number")
     refuse(args.prompts % WORLD_SIZE or args.pretrain_batch % WORLD_SIZE,
            f"--prompts and --pretrain_batch must be multiples of {WORLD_SIZE}")
     refuse(args.n_embd % args.n_head or args.n_embd % 2,
