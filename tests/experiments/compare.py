@@ -248,7 +248,7 @@ def report_table(out, names, seeds):
     shared = ("data", "pre-trained", "best of 16")
     rows = {row: [r[row] for r in reports[names[0]]] for row in shared}
     rows |= {name: [r["fine-tuned"] for r in reports[name]] for name in names}
-    columns = list(rows["pre-trained"][0])
+    columns = [c for c in rows["pre-trained"][0] if c not in ("n", "error")]
     lines = ["| | " + " | ".join(columns) + " |", "|" + " --- |" * (len(columns) + 1)]
     for name, found in rows.items():
         cells = [median_and_range([row[c] for row in found]) for c in columns]
