@@ -226,13 +226,14 @@ def distance(rollouts, beta):
     return (log_w.softmax(dim=0).square().sum().item() - lowest) / max(1 - lowest, lowest)
 
 
-def target_weights(rollouts, beta, min_ess):
+def target_weights(rollouts, beta, min_ess, restricted=False):
     """The distinct samples of rollouts [n, L], their rewards [n], and weights [n] of p* among them.
 
     A weight is p*(x) over the chance that x was seen at all, as in survey sampling (Horvitz and
     Thompson, 1952): 1 - exp(-m), with m the number of times that all rollouts were to draw it, were
     they like those that did. So where all of a small space was seen it is p* itself; where nothing
-    is seen twice it is the importance weight exp(R / beta - log-ratio)."""
+    is seen twice it is the importance weight exp(R / beta - log-ratio). restricted: p* itself, as
+    if nothing but these samples existed. That holds on to what was found, and finds beta less."""
     tokens, which = torch.cat([old.tokens for old in rollouts]).unique(dim=0, return_inverse=True)
     count = which.bincount()                                                            # [n]
 
@@ -243,8 +244,9 @@ def target_weights(rollouts, beta, min_ess):
     log_ref = mean(lambda old: old.log_ref)
     log_m = mean(lambda old: old.log_ref + old.log_ratio) + math.log(len(which))
     log_seen = torch.where(log_m < -20, log_m, (-(-log_m.exp()).expm1()).log())
+    cost = -log_ref if restricted else log_seen - log_ref
     reward = mean(lambda old: old.reward)
-    return tokens, reward, wdce_weights(reward, log_seen - log_ref, beta, min_ess)
+    return tokens, reward, wdce_weights(reward, cost, beta, min_ess)
 
 
 def remembered(past, seen, far):
@@ -369,7 +371,7 @@ def learn(args, process, model, reference, rollout, path, past):
     fresh = [old for old in past if old.iter == rollout.iter]       # of all processes
     if can_weigh(args, process) and not any(old.given.any() for old in fresh):
         far = distance(fresh, args.beta)
-        seen = target_weights(past, args.beta, args.min_ess)
+        seen = target_weights(past, args.beta, args.min_ess, restricted=args.algo == "wdce")
     method = METHODS[args.algo]
     yield from method(args, process, model, reference, rollout, path, seen)
     for k in range(args.replay):

@@ -651,6 +651,21 @@ def test_weights_of_the_target_in_small_and_in_large_spaces(log_ref):
     large = torch.tensor(R) - torch.tensor(log_ratio)
     expected = (large if log_ref < -9 else small).double().softmax(0)
     assert torch.allclose(weights, expected, atol=1e-3)
+    _, _, weights = sepo.target_weights([of_columns(rows, R, log_ratio, refs)], 1.0, 1,
+                                        restricted=True)
+    assert torch.allclose(weights, small.double().softmax(0), atol=1e-3)
+
+
+@pytest.mark.parametrize("algo, restricted", [("wdce", True), ("sepo", False), ("loop", False)])
+def test_wdce_alone_learns_from_the_optimum_restricted_to_what_was_seen(algo, restricted,
+                                                                        monkeypatch):
+    process, model, reference, rollout, path, past = a_round(L=3, V=2, steps=None)
+    found, real = [], sepo.target_weights
+    monkeypatch.setattr(sepo, "target_weights", lambda *args, **more: (
+        found.append(more) or real(*args, **more)))
+    next(sepo.learn(flags(algo=algo, replay=algo != "wdce"), process, model, reference, rollout,
+                    path, [rollout]))
+    assert found == [dict(restricted=restricted)]
 
 
 def test_wdce_draws_what_was_seen_by_the_weights_of_the_target(monkeypatch):
