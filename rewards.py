@@ -329,8 +329,8 @@ def read_known(task, file):
     if not found:
         raise BadInput(f"--known={file} has no row")
     unequal = sum(len(set(rewards)) > 1 for rewards in found.values())
-    print(f"--known: {len(found):,} samples; {unequal:,} of them have unequal rewards: their mean "
-          "counts", file=sys.stderr)
+    more = f"; {unequal:,} of them have unequal rewards: their mean counts" * bool(unequal)
+    print(f"--known: {len(found):,} samples{more}", file=sys.stderr)
     rewards = [sum(rewards) / len(rewards) for rewards in found.values()]
     return torch.tensor(list(found)), torch.tensor(rewards, dtype=torch.double)
 

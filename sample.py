@@ -2,7 +2,7 @@
 
     python sample.py --run=out/toy                          # ten samples with their rewards
     python sample.py --run=out/toy --compare                # pre-trained beside fine-tuned
-    python sample.py --run=out/toy --best=20                # the best that the run ever found
+    python sample.py --run=out/toy --best=20                # the best of the run's rollouts
     python sample.py --run=out/toy --prompt=TC____          # some letters given
     python sample.py --run=out/toy --movie=denoise.gif      # the reverse process, step by step
     python sample.py --run=out/toy --n=1000 --format=fasta > samples.fasta
@@ -33,7 +33,7 @@ class Flags:
     run: Path = Path("out/toy")         # folder of a run of train.py
     which: Literal["finetuned", "best", "pretrained"] = "finetuned"     # which model
     compare: bool = False               # beside the pre-trained model
-    best: int = 0                       # in place of new samples: the N best that the run queried
+    best: int = 0                       # in place of new samples: the N best of the rollouts
     n: int = 10                         # number of samples
     format: Literal["text", "fasta", "jsonl"] = "text"              # of the samples
     movie: str = ""                     # file.gif: the reverse process of a few samples
@@ -235,7 +235,8 @@ def report(args, task, process, exact, reference, model, log):
     print("report: n samples; mean reward, its standard error; KL to the pre-trained model, nats; "
           "share of\nthe n samples that are distinct; hamming: share of positions in which two "
           "samples differ;\na few samples. best of 16: the best of each 16 samples of the "
-          "pre-trained model")
+          "pre-trained model" + "; inner pads: share of\nsamples with a pad before their end"
+          * bool(task.pad))
 
     def add(name, tokens, kl, **more):
         samples = task.strings(tokens)

@@ -154,6 +154,7 @@ def main(argv=None):
 
 
 def run(args, task):
+    keep_what_is_done(args)
     device, autocast = setup(args)
     if device == "cpu" and args.n_embd <= 64 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)                        # as fast for so few channels, and less work
@@ -604,6 +605,16 @@ def checkpoint_of(args):
     return sample.load(last) if args.resume and last.exists() else {}
 
 
+def keep_what_is_done(args):
+    """On --resume, flags cannot take back the steps and rollouts that last.pt holds."""
+    done = checkpoint_of(args)
+    if done.get("phase") == "finetune":
+        args.iters = max(args.iters, done["iter"])
+        args.pretrain_iters = done.get("flags", {}).get("pretrain_iters", args.pretrain_iters)
+    elif done:
+        args.pretrain_iters = max(args.pretrain_iters, done["iter"])
+
+
 def restore(args, phase, model, optimizers):
     """On --resume, load what last.pt holds of a phase -> its first iteration that is left, and the
     rollouts so far."""
@@ -684,7 +695,7 @@ def read_flags(argv=None):
     typed["out"] = out
     is_run = (out / "config.json").exists()
     if is_run and not typed.keys() & {"resume", "overwrite"}:
-        parser.error(f"{out} holds another run: use --resume, --overwrite or another --out")
+        parser.error(f"{out} holds a run already: use --resume, --overwrite or another --out")
     if "resume" in typed:
         if not is_run:
             parser.error(f"--resume: {out} holds no run")
@@ -694,7 +705,8 @@ def read_flags(argv=None):
             parser.error(f"{out}/config.json is damaged: {error}")
         for name, value in {**typed, "processes": WORLD_SIZE}.items():
             if name not in MAY_CHANGE and value != saved.get(name):
-                parser.error(f"--{name}={value}: the run in {out} has {saved.get(name)}")
+                parser.error(f"--{name}={value}: the run in {out} has {saved.get(name)}; leave the "
+                             "flag out, or start another --out with --init and --known")
         typed = saved | typed
     typed.pop("processes", None)
     task = open_task(**typed)

@@ -224,7 +224,9 @@ def test_a_finished_run_asks_nothing_again_and_can_be_carried_on(tmp_path, monke
     assert json.loads(config.read_text())["iters"] == 7 and len(paid) > n
     n, before, metrics = len(paid), weights(tmp_path), lines(tmp_path)
     assert resume(tmp_path, "--iters=6") == metrics and same(weights(tmp_path), before)
-    assert json.loads(config.read_text())["iters"] == 6
+    assert json.loads(config.read_text())["iters"] == 7         # what the weights had
+    resume(tmp_path, "--pretrain_iters=99")
+    assert json.loads(config.read_text())["pretrain_iters"] == 6
     assert len(paid) == len(set(paid)) == n
 
 
@@ -236,14 +238,15 @@ def test_pre_training_ends_where_its_number_is_already_done(tmp_path):
     before = weights(out, "last")
     assert saved_as(out, "last")["iter"] == 3
     metrics = resume(out, "--pretrain_iters=2")
+    assert json.loads((out / "config.json").read_text())["pretrain_iters"] == 3
     assert same(weights(out, "pretrained"), before) and not same(weights(out), before)
     assert [line["iter"] for line in metrics] == [1, 2, 3, 4]
 
 
 def test_what_makes_a_run_what_it_is_cannot_change(toy, monkeypatch, capsys):
     before = (toy / "metrics.jsonl").read_text()
-    fails(train.main, [f"--out={toy}", *TINY], "holds another run", capsys)
-    for flag, there in (("lr=0.5", "0.001"), ("task=dna", "toy"), ("reward=x.py:f", "$")):
+    fails(train.main, [f"--out={toy}", *TINY], "holds a run already", capsys)
+    for flag, there in (("lr=0.5", "0.001"), ("task=dna", "toy"), ("reward=x.py:f", ";")):
         fails(train.main, [f"--out={toy}", "--resume", f"--{flag}"],
               f"--{flag.split('=')[0]}=.*: the run in .* has ?{there}", capsys)
     monkeypatch.setattr(train, "WORLD_SIZE", 2)
