@@ -166,8 +166,8 @@ def orthogonal(x):
 
 
 def make_optimizers(model, weight_decay=0.0):
-    """Muon for the matrices of the blocks, AdamW for all else. Pre-training takes half the steps or
-    fewer that AdamW alone would."""
+    """Muon for the matrices of the blocks, AdamW for all else. Pre-training needs at most half as
+    many steps as with AdamW alone."""
     matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
     others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
     return [Muon(matrices, weight_decay),

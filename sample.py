@@ -32,7 +32,7 @@ class Flags:
     # what to show
     run: Path = Path("out/toy")         # folder of a run of train.py
     which: Literal["finetuned", "best", "pretrained"] = "finetuned"     # which model
-    compare: bool = False               # beside the pre-trained model
+    compare: bool = False               # show it beside the pre-trained model
     best: int = 0                       # in place of new samples: the N best of the rollouts
     n: int = 10                         # number of samples
     format: Literal["text", "fasta", "jsonl"] = "text"              # of the samples

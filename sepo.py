@@ -233,7 +233,7 @@ def target_weights(rollouts, beta, min_ess, restricted=False):
     Thompson, 1952): 1 - exp(-m), with m the number of times that all rollouts were to draw it, were
     they like those that did. So where all of a small space was seen it is p* itself; where nothing
     is seen twice it is the importance weight exp(R / beta - log-ratio). restricted: p* itself, as
-    if nothing but these samples existed. That holds on to what was found, and finds beta less."""
+    if nothing but these samples existed. It keeps what was found, but beta restrains it less."""
     tokens, which = torch.cat([old.tokens for old in rollouts]).unique(dim=0, return_inverse=True)
     count = which.bincount()                                                            # [n]
 

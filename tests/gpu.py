@@ -266,7 +266,8 @@ def main():
                 print("| " + " | ".join(row) + " |\n|" + " --- |" * len(row))
             print("| " + " | ".join(f"{value:.3g}" if isinstance(value, float) else str(value)
                                     for value in row.values()) + " |", flush=True)
-    print(f"\n{failed} of {len(found)} parts failed" + f"; see {args.out}/errors.txt" * bool(failed))
+    where = f"; see {args.out}/errors.txt" * bool(failed)
+    print(f"\n{failed} of {len(found)} parts failed{where}")
     return bool(failed)
 
 

@@ -154,8 +154,8 @@ def test_the_start_says_which_reward_is_asked_and_how_often(tmp_path, capsys):
         return capsys.readouterr().err, task
     err, task = said("toy")
     assert "task toy: 1,000 sequences of 6 letters 'ACGT', such as '" in err
-    assert ("; 0 others held out\nreward: the one built into toy; queries, at most: 2 to try it, 32 "
-            "in rollouts, 4,096 for the exact optimum, 60 in the report\n"
+    assert ("; 0 others held out\nreward: the one built into toy; queries, at most: 2 to try it, "
+            "32 in rollouts, 4,096 for the exact optimum, 60 in the report\n"
             f"method sepo, beta 0.1; cpu; results in {tmp_path / 'a'}\n") in err
     for every, evaluations in ((2, 512), (3, 512), (9, 256)):   # the last rollout is evaluated, too
         err, task = said("arithmetic", eval_every=every)
@@ -285,6 +285,7 @@ def test_a_reward_that_raises_shows_its_own_traceback_and_leaves_nothing_behind(
 def test_an_unwritable_folder_is_a_line(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     fails(train.main, [f"--out={tmp_path / 'file' / 'run'}", *TINY], "Not a directory", capsys)
+    assert (tmp_path / "file").read_text() == ""
 
 
 def test_a_run_folder_stands_by_itself(tmp_path, capsys):
@@ -403,7 +404,8 @@ def test_weights_that_are_not_finite_are_refused(toy, tmp_path, capsys):
     saved = saved_as(toy, "finetuned")
     saved["model"]["blocks.0.up.weight"][3, 1] = float("nan")
     torch.save(saved, tmp_path / "finetuned.pt")
-    fails(sample.main, [f"--run={tmp_path}"], "blocks.0.up.weight is not finite", capsys)
+    err = fails(sample.main, [f"--run={tmp_path}"], "blocks.0.up.weight is not finite", capsys)
+    assert err.count("\n") == 1
 
 
 def test_a_reward_that_fails_for_the_whole_start_check_stops(tmp_path, monkeypatch, capsys):
@@ -525,7 +527,8 @@ def test_the_blank_of_a_prompt_is_neither_letter_nor_pad(text, message):
     (["--prompt=TCX___"], "'X' at position 3 of 'TCX___' is not in 'ACGT_'; _ is a free position"),
     (["--compare", "--format=fasta"], "--compare prints a table")])
 def test_bad_input_of_sample_gets_a_line(args, message, toy, capsys):
-    fails(sample.main, [f"--run={toy}", *args], message, capsys)
+    err = fails(sample.main, [f"--run={toy}", *args], message, capsys)
+    assert err.count("\n") <= 2                                # argparse has a line of usage
 
 
 def write_into(pipe, argv):

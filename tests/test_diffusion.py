@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import diffusion
 import sepo
 from diffusion import Absorbing, Path, Uniform, device_of, gumbel_argmax, pick, stratified
 from exact import (Posterior, Table, chi_square, corrected_law, every_path, gradient, has_bfloat16,
@@ -327,16 +328,17 @@ def test_a_part_of_a_part_is_unbiased():
     assert len(part) == 5 and part.weight.tolist() == pytest.approx([6 / 5] * 5)
 
 
-def test_a_function_is_sampled_where_its_prompt_is():
-    """device "meta" holds no values: the prompt must not be moved to the CPU."""
-    seen = []
+def test_a_function_is_sampled_where_its_prompt_is(monkeypatch):
+    """And a module where its parameters are."""
+    asked, prompt, cpu = [], torch.full((4,), 3), torch.device("cpu")
+    monkeypatch.setattr(diffusion, "device_of", lambda *args: asked.append(args) or cpu)
 
     def model(x, t):
-        seen.append(x.device.type)
-        return torch.zeros(*x.shape, 3, device=x.device)
-    Absorbing(3).sample(model, 2, 4, torch.full((4,), 3))
-    assert seen == ["cpu"] * 4
-    assert device_of(model, torch.device("meta")).type == "meta"
+        return torch.zeros(*x.shape, 3)
+    Absorbing(3).sample(model, 2, 4, prompt)
+    assert asked == [(model, prompt.device)]
+    meta = torch.device("meta")
+    assert device_of(model, meta) == meta and device_of(network(2, 2), meta).type == "cpu"
 
 
 def test_a_part_of_a_path_keeps_its_weights():

@@ -160,6 +160,7 @@ def test_a_full_disk_is_a_line(full, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "open_folder", fill)
     fails(train.main, ["--task=two", f"--out={tmp_path}", *TINY],
           "train.py: .*(cannot be written|No space)", capsys)
+    assert not (tmp_path / "report.json").exists()              # it stopped there
 
 
 def test_a_learning_rate_that_blows_up_ends_in_one_line_and_keeps_good_weights(tmp_path, capsys):

@@ -120,8 +120,9 @@ def test_a_reward_may_return_any_numbers(reward):
 
 @pytest.mark.parametrize("answer", [
     [1.0, 2.0], [1, 2, 3, 4], [], torch.zeros(3, 2), torch.zeros(3, 1), np.zeros((3, 1)),
-    [0.1, 0.2, "high"], ["1", "2", "3"], [0.1, 10 ** 400, 0.2], [1, 1j, 2], None, dict(AC=1, GT=2, AA=3),
-    {1.0, 2.0, 3.0}, b"abc", "123", 1.0, torch.tensor(1.0), np.float64(1)], ids=repr)
+    [0.1, 0.2, "high"], ["1", "2", "3"], [0.1, 10 ** 400, 0.2], [1, 1j, 2], None,
+    dict(AC=1, GT=2, AA=3), {1.0, 2.0, 3.0}, b"abc", "123", 1.0, torch.tensor(1.0),
+    np.float64(1)], ids=repr)
 def test_a_faulty_answer_is_refused(answer):
     """It is no list of one number per sample; --on_error, which is for samples, does not help."""
     for catch in (False, True):

@@ -300,7 +300,8 @@ def cosine_of(name, kind):
 
 
 @pytest.mark.parametrize("name, scale", [
-    ("sepo, 1 transition", 1), ("sepo, all transitions; LOOP, DCoLT, CJ-GRPO", 1), ("AGRPO, 2 states", 1),
+    ("sepo, 1 transition", 1), ("sepo, all transitions; LOOP, DCoLT, CJ-GRPO", 1),
+    ("AGRPO, 2 states", 1),
     ("TraceRL", 1 / 3)])
 def test_estimators_on_the_path_have_the_true_gradient_of_any_model(name, scale):
     assert cosine_of(name, "random") == pytest.approx((1, scale), abs=1e-4)

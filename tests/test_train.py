@@ -22,7 +22,7 @@ import sepo
 import train
 from diffusion import Absorbing
 from diffusion import Path as Transitions
-from exact import has_bfloat16, network
+from exact import has_bfloat16, network, posterior_table, random_law, rank
 from helpers import (TINY, captured, command, fails, lines, queried, resume, rollouts, run, same,
                      saved_as, set_two, share_of, weights)
 from helpers import two  # noqa: F401  (a fixture of every test)
@@ -653,13 +653,27 @@ def test_known_rows_have_the_same_paths_on_every_process():
     assert torch.equal(*found)
 
 
+def test_many_known_rows_are_scored_in_parts():
+    """2,100 of them, by a consistent reference: log p_ref does not depend on the path."""
+    reference, task = posterior_table(random_law(4, 2), 4, 2), TASKS["toy"](2)
+    tokens = task.draw(2100, torch.Generator().manual_seed(0))
+    groups = train.as_rollouts(Namespace(seed=0, group=700), task, Absorbing(4), reference, tokens,
+                               torch.arange(2100.0).double())
+    assert [group.reward.numel() for group in groups] == [700] * 3
+    law = Absorbing(4).exact_law(reference, 2).log()
+    for group in groups:
+        assert torch.equal(group.tokens, tokens[group.reward[0].long()])
+        assert torch.allclose(group.log_ref[0].double(), law[rank(group.tokens, 4)], atol=1e-4)
+
+
 def test_a_known_reward_that_contradicts_the_black_box_is_told(tmp_path, capsys):
     """Of the start check, which asks for one or two samples."""
     rows = ["".join(letters) for letters in product("01", repeat=3)]
     file = tmp_path / "known.csv"
     file.write_text("sample,reward\n" + "".join(f"{row},7\n" for row in rows))
     run(tmp_path / "a", f"--known={file}", "--iters=1")
-    assert re.search("for [12] samples the reward is not what --known says", capsys.readouterr().err)
+    err = capsys.readouterr().err
+    assert re.search("for [12] samples the reward is not what --known says", err)
 
 
 def test_the_held_out_loss_is_that_of_held_out_data(tmp_path, monkeypatch):

@@ -1,7 +1,7 @@
 """What needs no training: a genetic algorithm, and three ways to steer a pre-trained model.
 
-    python tests/baselines.py search --task=ehrlich --seeds=5   # the best found, by queries
-    python tests/baselines.py steer --run=out/toy               # best of N, SMC, SVDD; and training
+    python tests/experiments/baselines.py search --task=ehrlich --seeds=5 # best found, by queries
+    python tests/experiments/baselines.py steer --run=out/toy    # best of N, SMC, SVDD, training
 """
 import argparse
 import json

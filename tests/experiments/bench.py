@@ -1,8 +1,8 @@
 """What a draw and an update cost, as ratios within one run.
 
-    python tests/bench.py                   # sampling: row by row against the plain loop
-    python tests/bench.py --update          # one update of SEPO against its published estimator
-    python tests/bench.py --device=cuda     # larger models, bfloat16
+    python tests/experiments/bench.py             # sampling, against the plain loop
+    python tests/experiments/bench.py --update    # one update, against the published estimator
+    python tests/experiments/bench.py --device=cuda   # larger models, bfloat16
 
 Sampling, per row: V letters, L positions, N steps, batch B, seconds (medians) and ratios. `plain`:
 the ancestral loop, 8 of its N equal steps timed. `cached`: a loop that keeps its prediction until a

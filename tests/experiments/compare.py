@@ -1,16 +1,16 @@
-"""Every comparison of the README and of RESULTS.md, each with one command: a table and a figure.
+"""Every comparison of the README and of RESULTS.md, each with one command, such as
+python tests/experiments/compare.py toy --seeds=10: a table and a figure.
 
-    python tests/compare.py defaults        # every task as it is: the table of the README
-    python tests/compare.py toy --seeds=10  # the default run of the front page
-    python tests/compare.py replay          # the toy: every method, with and without replay
-    python tests/compare.py parts           # the toy: the learner without each of its parts
-    python tests/compare.py far             # ehrlich: the learner without each of its parts
-    python tests/compare.py ehrlich         # the learner, and wdce with exploration
-    python tests/compare.py arithmetic      # every method on prompts never seen
-    python tests/compare.py dna             # every method on the dna task
-    python tests/compare.py beta            # dna: oracle and truth for several KL weights
-    python tests/compare.py corrector       # the toy: its moves in training, and at sampling alone
-    python tests/compare.py uniform         # the toy on the chain of random letters
+    compare.py defaults         # every task as it is: the table of the README
+    compare.py toy --seeds=10   # the default run of the front page
+    compare.py replay           # the toy: every method, with and without replay
+    compare.py parts            # the toy: the learner without each of its parts
+    compare.py ehrlich          # the learner, and wdce with exploration
+    compare.py arithmetic       # every method on prompts never seen
+    compare.py dna              # every method on the dna task
+    compare.py beta             # dna: oracle and truth for several KL weights
+    compare.py corrector        # the toy: its moves in training, and at sampling alone
+    compare.py uniform          # the toy on the chain of random letters
 
 All variants of a seed start from one pre-trained model, if they do not change pre-training. Runs
 that --out holds already are kept: delete them if the code has changed. The figure goes to
@@ -58,6 +58,8 @@ MARKS, MOVES = (128, 256, 512, 1024, 2560, 5120), (0, 8, 32, 128)
 
 PARTS = {                   # of the learner; a flag that is Python is run before train.py
     "all": [], "without denoising": ["--denoise=0"],
+    "without contrast": ["import sepo; real = sepo.remembered; "
+                         "sepo.remembered = lambda past, seen, far: real(past, seen, 0.0)"],
     "without contrast and denoising": ["import sepo; sepo.distance = lambda *_: 0.0"],
     "without fading": ["import sepo; sepo.distance = lambda *_: 1.0"],
     "AdamW in place of Muon": ["import torch, train; train.make_optimizers = lambda model, decay=0:"
@@ -82,7 +84,6 @@ COMPARISONS = {             # name: (flags of all runs, the column to compare, {
     "beta": (DNA, "true activity", {
         f"beta {beta}": [f"--beta={beta}"] for beta in (0, 0.03, 0.1, 0.3)}),
     "parts": (TOY, "share_of_optimum", PARTS),
-    "far": (EHRLICH, "reward", PARTS),
     "ehrlich": (EHRLICH, "reward", {"sepo": [], "wdce, explore": ["--algo=wdce"]}),
     "corrector": (TOY, "share_of_optimum", {
         f"{name}{n} moves": [f"--corrector_steps={n}", *flags]

@@ -1,6 +1,6 @@
 """What the estimators of estimators.py do: by enumeration, and in training.
 
-    python tests/experiments/curves.py table                    # bias, noise and cost: half a minute
+    python tests/experiments/curves.py table                    # bias, noise, cost: half a minute
     python tests/experiments/curves.py learn --seeds=5          # what each learns on the toy
     python tests/experiments/curves.py learn --task=arithmetic  # and on prompts never seen
 """

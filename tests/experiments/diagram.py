@@ -1,6 +1,6 @@
 """Draw assets/diagram.png: a path, one transition of it, the distribution there, and the two clips.
 
-    python tests/diagram.py
+    python tests/experiments/diagram.py
 """
 from pathlib import Path
 

@@ -354,8 +354,8 @@ def expected_gradient(process, entries, policy, L, reward, estimator):
 
 ESTIMATORS = {
     "sepo, 1 transition": Estimator(some_transitions(1), token_loss, lambda L: 1, True),
-    "sepo, all transitions; LOOP, DCoLT, CJ-GRPO": Estimator(all_transitions, step_loss, lambda L: L,
-                                                        True),
+    "sepo, all transitions; LOOP, DCoLT, CJ-GRPO": Estimator(all_transitions, step_loss,
+                                                             lambda L: L, True),
     "sepo, all transitions, no clip": Estimator(all_transitions, partial(token_loss, clip=math.inf),
                                            lambda L: L, True),
     "sepo, all transitions of a new path (replay)": Estimator(new_order, token_loss, lambda L: L),
