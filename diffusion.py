@@ -103,6 +103,37 @@ class Path:
             values = (values * self.scored).sum(dim=1)
         return values.new_zeros(self.batch).index_add(0, self.row, values)
 
+
+class CapturedPass:
+    """One pass of a sampler as a CUDA graph: one launch in the place of a hundred.
+
+    A graph works on the memory that it was captured on, so a draw copies its plan there, and the
+    path from there."""
+
+    def __init__(self, process, model, x, path, size):
+        self.process, self.model, self.size = process, model, size
+        self.all = torch.arange(len(path), device=x.device)
+        self.tokens, self.path, self.now = x.clone(), path[self.all], self.all[:size].clone()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.random.fork_rng([x.device]):
+            self.one_pass()                             # the libraries allocate what they need
+        with torch.cuda.graph(self.graph):
+            self.one_pass()
+
+    def one_pass(self):
+        self.process.one_pass(self.model, self.tokens, self.path, self.now)
+        self.now += self.size
+
+    def __call__(self, x, path):
+        self.now.copy_(self.all[:self.size])
+        self.tokens.copy_(x)
+        for mine, planned in zip(vars(self.path).values(), vars(path).values()):
+            if isinstance(mine, Tensor):
+                mine.copy_(planned)
+        for _ in range(len(path) // self.size):
+            self.graph.replay()
+        return self.tokens.clone(), self.path[self.all]
+
 # -----------------------------------------------------------------------------
 # what both chains share
 
@@ -117,6 +148,7 @@ class Chain:
         self.mask = vocab_size                      # in a prompt, on both chains: a free position
         self.steps = steps or self.default_steps    # of the time grid per unit of time; None: none
         self.chunk = chunk or 2048                  # states per forward pass of `logp`
+        self.last_captured = None
 
     def is_small(self, length):
         """Can exact_law walk every partly masked sequence, in every step of the grid?"""
@@ -171,17 +203,31 @@ class Chain:
     def reverse(self, model, x, path, sizes):
         """The reverse process from the state x [B, L], along a path that is planned but for what is
         drawn, `sizes` of its transitions per pass -> tokens, Path."""
+        if x.is_cuda and getattr(model, "can_be_captured", False) and len(set(sizes)) == 1:
+            return self.captured(model, x, path, sizes[0])(x, path)
         tokens, begin = x.clone(), 0
         for size in sizes:
-            now = path[begin:begin + size]              # views: what is written stays in `path`
-            now.x.copy_(tokens[now.row])
-            log_p = self.log_probs(model, now)                                          # [m, k, V]
-            now.y.copy_(gumbel_argmax(log_p))
-            now.logp.copy_(pick(log_p, now.y) * now.scored)
-            before = now.x.gather(1, now.positions)
-            tokens[now.row[:, None], now.positions] = torch.where(now.scored, now.y, before)
+            self.one_pass(model, tokens, path, slice(begin, begin + size))
             begin += size
         return tokens, path
+
+    def one_pass(self, model, tokens, path, index):
+        """Draw the transitions `index` of a path, in place: the tokens [B, L] move on."""
+        now = path[index]
+        path.x[index] = now.x = tokens[now.row]
+        log_p = self.log_probs(model, now)                                              # [m, k, V]
+        path.y[index] = y = gumbel_argmax(log_p)
+        path.logp[index] = pick(log_p, y) * now.scored
+        before = now.x.gather(1, now.positions)
+        tokens[now.row[:, None], now.positions] = torch.where(now.scored, y, before)
+
+    def captured(self, model, x, path, size):
+        """The graph of a pass; kept, for draws of the same shapes with the same weights."""
+        weights = [p.data_ptr() for p in model.parameters()]
+        key = model, model.training, size, x.shape, path.positions.shape, weights
+        if self.last_captured is None or self.last_captured[0] != key:
+            self.last_captured = key, CapturedPass(self, model, x, path, size)
+        return self.last_captured[1]
 
     def logp(self, model, path):
         """Log-probability under `model` of all that a path drew -> [n, k], nats; 0 where nothing

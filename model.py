@@ -75,6 +75,9 @@ class Denoiser(nn.Module):
     n_embd: even, and a multiple of n_head. autocast: the dtype of the blocks' matrix products, such
     as torch.bfloat16; None: float32. Raises ValueError for a missing time."""
 
+    can_be_captured = True              # what it launches depends on shapes, never on tokens: the
+                                        # sampler may replay it as a CUDA graph
+
     def __init__(self, config, autocast=None):
         super().__init__()
         D = config.n_embd
@@ -145,22 +148,27 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         group, = self.param_groups
+        alike = {}                                      # matrices of one shape: one stack of them
         for p in group["params"]:
-            mean = self.state[p].setdefault("mean", torch.zeros_like(p))
-            mean.lerp_(p.grad, 1 - group["momentum"])
-            update = orthogonal(p.grad.lerp(mean, group["momentum"]))       # Nesterov's
-            p.mul_(1 - group["lr"] * group["weight_decay"])
-            p.add_(update, alpha=-0.2 * group["lr"] * math.sqrt(max(p.shape)))
+            alike.setdefault(p.shape, []).append(p)
+        for shape, matrices in alike.items():
+            grad = torch.stack([p.grad for p in matrices])                          # [k, m, n]
+            mean = self.state[matrices[0]].setdefault("mean", torch.zeros_like(grad))
+            mean.lerp_(grad, 1 - group["momentum"])
+            update = orthogonal(grad.lerp(mean, group["momentum"]))                 # Nesterov's
+            torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(matrices, update.unbind(),
+                                alpha=-0.2 * group["lr"] * math.sqrt(max(shape)))
 
 
 def orthogonal(x):
-    """Nearly the orthogonal matrix that is nearest to x, by Newton-Schulz iterations: singular
-    values end between 0.7 and 1.2."""
-    if len(x) > x.size(1):
-        return orthogonal(x.T).T
-    x = x / x.norm().clamp(min=1e-7)
+    """Nearly the orthogonal matrices that are nearest to x [k, m, n], by Newton-Schulz iterations:
+    singular values end between 0.7 and 1.2."""
+    if x.size(-2) > x.size(-1):
+        return orthogonal(x.mT).mT
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
-        gram = x @ x.T
+        gram = x @ x.mT
         x = 3.4445 * x + (2.0315 * gram @ gram - 4.775 * gram) @ x
     return x
 

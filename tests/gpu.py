@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from pathlib import Path
 
@@ -27,7 +28,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "experiment
 import bench  # noqa: E402
 import sepo  # noqa: E402
 from diffusion import Absorbing, Uniform, gumbel_argmax  # noqa: E402
-from exact import Table, chi_square, exact_p, gradient, law_given, network  # noqa: E402
+from exact import chi_square, exact_p, gradient, law_given, network  # noqa: E402
 
 SMALL = dict(n_layer=4, n_head=4, n_embd=128)
 SHAPES = [(27, 64, SMALL, (1, 32, 512, 4096)), (4, 200, SMALL, (1, 32, 512)),
@@ -48,15 +49,34 @@ def to(path, device):
 
 
 def samples(args):
-    """p-values of samples of a table model under its exact distribution: uniform on [0, 1]."""
+    """p-values of samples of a network under their exact distribution: uniform on [0, 1]."""
     n, prompt = 20_000 if args.quick else 200_000, torch.tensor([3, 1, 3])
     for chain, V, steps, given in ((Absorbing, 3, None, None), (Absorbing, 3, 2, None),
                                    (Absorbing, 3, None, prompt), (Uniform, 2, 4, None)):
-        process, model = chain(V, steps), Table(V, 3)
+        process, model = chain(V, steps), network(V, 3, time_conditioning=chain is Uniform)
         law = law_given(process, model, 3, given)
         tokens, _ = process.sample(model.to(args.device), n, 3, given)
         yield dict(chain=chain.__name__, steps=steps, prompt=given is not None, n=n,
                    p_value=chi_square(tokens.cpu(), law.detach(), V))
+
+
+def captured_as_the_loop(args):
+    """Draws of the captured pass and of the loop with the same noise: which share is equal."""
+    for chain in (Absorbing, Uniform):
+        process = chain(4)
+        model = network(4, 8, time_conditioning=chain is Uniform).to(args.device)
+        for n in range(2):                              # captured, replayed
+            draws = []
+            for model.can_be_captured in (True, False):
+                torch.manual_seed(n)
+                draws.append(process.sample(model, 32, 8))
+            (x, path), (expected, plain) = draws
+            yield dict(chain=chain.__name__, equal=(x == expected).float().mean().item(),
+                       log_ratio=(path.logp - plain.logp).abs().max().item())
+        model.head.weight.data = model.head.weight.data + 1         # elsewhere, and other weights
+        model.head.bias.data[0] += 50
+        yield dict(chain=chain.__name__, equal=(process.sample(model, 32, 8)[0] == 0).float().mean()
+                   .item(), log_ratio=0.0)
 
 
 def losses(process, model, path, masked):
@@ -133,51 +153,60 @@ def metrics_of(folder):
     return [json.loads(line) for line in open(folder / "metrics.jsonl")]
 
 
+def run(args, task, device, *flags):
+    folder, begin = args.out / f"{task}-{device}", time.perf_counter()
+    train(args, folder, f"--task={task}", "--overwrite", *flags, device=device)
+    last = metrics_of(folder)[-1]
+    return dict(task=task, device=device, seconds=time.perf_counter() - begin,
+                reward=last["reward"], share=last.get("share_of_optimum"))
+
+
 def runs(args):
-    """Whole runs on the device and on the CPU of this machine: seconds, reward or share."""
+    """Whole runs on the device and on one core of this machine: seconds, reward or share."""
     flags = TINY if args.quick else ["--report_samples=0"]
-    for task in ("toy",) if args.quick else ("toy", "text"):
-        for device in dict.fromkeys((args.device, "cpu")):
-            if task == "text" and device == "cpu":      # minutes
-                continue
-            folder, begin = args.out / f"{task}-{device}", time.perf_counter()
-            few = [] if task == "toy" else ["--iters=20", "--pretrain_iters=300"]
-            train(args, folder, f"--task={task}", "--overwrite", *flags, *few, device=device)
-            last = metrics_of(folder)[-1]
-            yield dict(task=task, device=device, seconds=time.perf_counter() - begin,
-                       reward=last["reward"], share=last.get("share_of_optimum"))
+    with ThreadPoolExecutor() as pool:                  # the CPU beside the device
+        on_cpu = pool.submit(run, args, "toy", "cpu", *flags)
+        if args.device != "cpu":
+            yield run(args, "toy", args.device, *flags)
+            yield run(args, "text", args.device, *flags, "--iters=20", "--pretrain_iters=300")
+        yield on_cpu.result()
 
 
 def resume(args):
-    """A run that is killed and resumed against one that is not: the largest relative difference."""
-    whole, part = args.out / "whole", args.out / "killed"
-    train(args, whole, "--task=toy", "--overwrite", *TINY, device=args.device)
+    """A run that is killed and resumed, and the same run again, against one that is not: the
+    largest relative difference."""
+    whole, again, part = (args.out / name for name in ("whole", "again", "killed"))
+    for folder in (whole, again):
+        train(args, folder, "--task=toy", "--overwrite", *TINY, device=args.device)
     process = train(args, part, "--task=toy", "--overwrite", *TINY, device=args.device, wait=False)
     while process.poll() is None and not (part / "finetuned.pt").exists():
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
     train(args, part, "--resume", device=args.device)
-    pairs = [(a[key], b[key]) for a, b in zip(metrics_of(whole), metrics_of(part), strict=True)
-             for key in a if isinstance(a[key], float)]
-    yield dict(difference=max(abs(a - b) / (abs(a) + 1e-9) for a, b in pairs))
+    for folder in (part, again):
+        pairs = [(a[key], b[key])
+                 for a, b in zip(metrics_of(whole), metrics_of(folder), strict=True)
+                 for key in a if isinstance(a[key], float)]
+        yield dict(run=folder.name,
+                   difference=max(abs(a - b) / (abs(a) + 1e-9) for a, b in pairs))
 
 # -----------------------------------------------------------------------------
 # speed
 
 
 def profiled(args, job):
-    """-> launches, and the share of the time in which the device works; None on the CPU."""
+    """-> launches of a job, and seconds in which the device works; None on the CPU."""
     if args.device == "cpu":
         return None, None
     from torch.profiler import ProfilerActivity, profile
-    begin = time.perf_counter()
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as found:
         job()
         torch.cuda.synchronize()
-    events = [event for event in profiler.events() if event.device_type.name == "CUDA"]
-    busy = sum(event.device_time for event in events) / 1e6
-    return len(events), busy / (time.perf_counter() - begin)
+    launches = sum("Launch" in event.name for event in found.events())
+    busy = sum(event.time_range.elapsed_us() for event in found.events()
+               if event.device_type.name == "CUDA")
+    return launches, busy / 1e6
 
 
 def peak(args):
@@ -193,20 +222,35 @@ def sampling(args):
     """Seconds of a draw: the plain loop of N steps, MDLM's cached loop, ours, the bare network."""
     for V, L, size, batches in QUICK if args.quick else SHAPES:
         model = bench.new_network(V, L, args.device, size)
+        few, repeats = min(L, 16), 3 if L < 1000 else 1
+        prompt = torch.zeros(L, dtype=torch.long)
+        prompt[:few] = V                                # some passes are enough for a profile
         for B in batches:
-            process = Absorbing(V)
-            peak(args)
-            ours, (_, path) = bench.seconds(lambda: process.sample(model, B, L), args.device, 3)
-            memory = peak(args)
-            alone, _ = bench.seconds(lambda: bench.network_alone(process, model, path),
-                                     args.device, 3)
-            launches, busy = profiled(args, lambda: process.sample(model, B, L))
-            row = dict(V=V, L=L, B=B, ours=ours, network=alone, tokens_per_s=B * L / ours,
-                       launches_per_pass=launches and launches / L, busy=busy, GiB=memory)
+            def seconds(job, repeats=3, **how):
+                return bench.seconds(job, args.device, repeats, **how)
+
+            process, row = Absorbing(V), dict(V=V, L=L, B=B)
+            for model.can_be_captured in (False, True):
+                process.sample(model, B, L, prompt)
+                peak(args)
+                took, (_, path) = seconds(lambda: process.sample(model, B, L), repeats,
+                                          warm_up=L < 1000)
+                row |= {"ours" if model.can_be_captured else "loop": took, "GiB": peak(args)}
+            short = seconds(lambda: process.sample(model, B, L, prompt))[0]
+            launches, busy = profiled(args, lambda: process.sample(model, B, L, prompt))
+            part, network_alone = path[:B], bench.network_alone
+            if args.device == "cuda":                   # the bare network, captured
+                graph = torch.cuda.CUDAGraph()
+                network_alone(process, model, part)
+                with torch.cuda.graph(graph):
+                    process.logits(model, part.x, part.t, part.positions)
+                network_alone = lambda *_: graph.replay()           # noqa: E731
+            alone = seconds(lambda: [network_alone(process, model, part) for _ in range(few)])[0]
+            row |= dict(network=alone * L / few, tokens_per_s=B * L / row["ours"],
+                        launches_per_pass=launches and launches / few, busy=busy and busy / short)
             for N in (128, 1000):
                 grid = Absorbing(V, N)
-                step = bench.seconds(lambda: bench.ancestral(grid, model, B, L, 4),
-                                     args.device, 3)[0] / 4
+                step = seconds(lambda: bench.ancestral(grid, model, B, L, 4))[0] / 4
                 passes = N * (1 - (1 - 1 / N) ** (B * L))       # steps in which a token changes
                 row |= {f"plain_{N}": step * N, f"cached_{N}": step * passes}
             yield row
@@ -232,7 +276,8 @@ def updates(args):
                            GiB=peak(args))
 
 
-PARTS = [samples, updates_as_on_the_cpu, ratios_at_the_start, tail, runs, resume, sampling, updates]
+PARTS = [samples, captured_as_the_loop, updates_as_on_the_cpu, ratios_at_the_start, tail, runs,
+         resume, sampling, updates]
 
 
 def main():

@@ -2,8 +2,11 @@
 
 Read first test_the_exact_law_is_the_sum_over_every_path: it ties the log-probabilities of paths to
 exact_law, on which everything in test_sepo.py stands."""
+import contextlib
 import itertools
 import math
+from copy import deepcopy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -202,6 +205,42 @@ def test_nothing_waits_for_the_device_in_the_sampling_loop_or_an_update(steps, p
         loss.backward()
         path.subset(2)
     assert waits.count == 0
+
+
+@pytest.mark.parametrize("chain, prompt", [(Absorbing, None), (Absorbing, PROMPT), (Uniform, None)])
+def test_a_captured_pass_draws_what_the_loop_draws(chain, prompt, monkeypatch):
+    """Here the graph replays nothing by itself: it calls the pass anew. On a GPU gpu.py compares."""
+    for owner, name in ((torch.random, "fork_rng"), (torch.cuda, "graph")):
+        monkeypatch.setattr(owner, name, lambda *args: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", SimpleNamespace)
+    model, process = model_for(chain, 3, 4), chain(3)
+    x = torch.full((5, 4), 3) if prompt is None else prompt.expand(5, 4)
+    if chain is Uniform:
+        x = process.noise(x)
+
+    def draw(how):
+        torch.manual_seed(2)
+        plan = process.plan(x, x != 3 if prompt is not None else x < 0, 1.0)
+        tokens, path = how(*plan)
+        return [tokens, *(v for v in vars(path).values() if isinstance(v, torch.Tensor))]
+
+    def replayed(path, sizes):
+        pass_ = process.captured(model, x, path, sizes[0])
+        pass_.graph.replay = pass_.one_pass
+        return pass_(x, path)
+
+    expected = draw(lambda path, sizes: process.reverse(model, x, path, sizes))
+    with torch.no_grad():
+        draw(replayed)                                  # captured here
+        for _ in range(2):
+            assert all(map(torch.equal, draw(replayed), expected))
+        path, sizes = process.plan(x, x != x, 1.0)
+        first = process.captured(model, x, path, sizes[0])
+        assert process.captured(model, x, path, sizes[0]) is first
+        model.head.weight.data = model.head.weight.data.clone()     # the weights are elsewhere
+        second = process.captured(model, x, path, sizes[0])
+        assert second is not first
+        assert process.captured(deepcopy(model), x, path, sizes[0]) is not second
 
 
 def test_reveal_times_are_uniform_up_to_their_start_and_never_tie():

@@ -51,16 +51,16 @@ def network_alone(process, model, path):
         begin += size
 
 
-def seconds(job, device, repeats):
-    """-> median seconds of the job, and its last result; the first run warms up."""
+def seconds(job, device, repeats, warm_up=True):
+    """-> median seconds of the job, and its last result."""
     times = []
-    for _ in range(repeats + 1):
+    for _ in range(repeats + warm_up):
         begin = time.perf_counter()
         result = job()
         if device == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - begin)
-    return statistics.median(times[1:]), result
+    return statistics.median(times[warm_up:]), result
 
 
 def new_network(V, L, device, size):
