@@ -28,6 +28,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+try:
+    import fcntl
+except ImportError:                     # Windows
+    fcntl = None
+
 
 class BadInput(ValueError):
     """What the user gave cannot be used. One line: what is wrong, where, and what to do."""
@@ -81,6 +86,13 @@ class Task:
         if self.text is not None:
             return split_windows(self.text, self.length, n, seed)
         x = self.draw(n, torch.Generator().manual_seed(seed))
+        is_tokens = isinstance(x, torch.Tensor) and x.dtype == torch.long and x.dim() == 2
+        if not is_tokens or x.size(1) != self.length or not (
+                0 <= x.min() <= x.max() < self.vocab_size):
+            raise BadInput(f"draw of {type(self).__name__} must return int64 tokens [n, "
+                           f"{self.length}], from 0 to {self.vocab_size - 1}")
+        if self.given(x).dtype != torch.bool or self.given(x).shape != x.shape:
+            raise BadInput(f"given of {type(self).__name__} must return bool [n, {self.length}]")
         held = self.is_held(x)
         if len(x) < 20 or held.all():
             held = torch.zeros_like(held)
@@ -185,7 +197,7 @@ def query(reward, samples, catch=False):
     except (Exception, SystemExit) as error:
         if not catch:
             empty = " (one of its samples is empty)" if "" in samples else ""
-            raise RuntimeError(f"the reward raised an exception{empty}") from error
+            raise RuntimeError(f"the reward raised {error!r:.200}{empty}") from error
         if len(samples) == 1:
             return [math.nan], f"the reward of {samples[0]!r} raised {error!r:.80}"
         values, problems = zip(*(query(reward, [sample], catch) for sample in samples))
@@ -238,9 +250,11 @@ class RewardLog:
 
         {"sample": "TCTCTC", "reward": 0.75, "iter": 3}
 
-    iter: the rollout that asked it first; other queries have a "stage" (check, evaluation, report).
-    A sample that failed has --on_error as its reward, and "failed": true. Answers that were not yet
-    written when the process was killed are asked again."""
+    iter: the rollout that asked it first; other queries have a "stage" (check, evaluation, report,
+    sample). A sample that failed has --on_error as its reward, and "failed": true. Answers that
+    were not yet written when the process was killed, AT_ONCE at most, are asked again."""
+
+    AT_ONCE = 256                       # samples per call of the black box
 
     def __init__(self, file=None, on_error=None, is_writer=True):
         """file None: in memory alone. on_error: the reward of samples that fail; None: stop."""
@@ -272,7 +286,12 @@ class RewardLog:
         """The rewards of samples, list[str] -> float64 [B]. ask: how to query the new ones. where:
         iter or stage of their lines. Raises BadInput; good answers are kept even then."""
         new = [sample for sample in dict.fromkeys(samples) if sample not in self.reward_of]
-        values, problem = ask(reward, new, catch=self.on_error is not None) if new else ([], "")
+        for i in range(0, len(new), self.AT_ONCE):
+            self.ask(reward, new[i:i + self.AT_ONCE], ask, where)
+        return torch.tensor([self.reward_of[sample] for sample in samples], dtype=torch.double)
+
+    def ask(self, reward, new, ask, where):
+        values, problem = ask(reward, new, catch=self.on_error is not None)
         self.add({s: value for s, value in zip(new, values) if not math.isnan(value)}, **where)
         failed = [sample for sample in new if sample not in self.reward_of]
         if failed and self.on_error is None:
@@ -282,7 +301,6 @@ class RewardLog:
         if failed and self.is_writer:
             print(f"warning: {problem}; {len(failed)} of {len(new)} new samples failed: their "
                   f"reward is {self.on_error:g}", file=sys.stderr)
-        return torch.tensor([self.reward_of[sample] for sample in samples], dtype=torch.double)
 
     @property
     def failed(self):
@@ -292,6 +310,18 @@ class RewardLog:
     def queries(self, iter):
         """The number of distinct queries in the rollouts up to an iteration."""
         return sum(line.get("iter", math.inf) <= iter for line in self.lines)
+
+
+def hold(folder):
+    """Lock the folder of a run until this process ends -> whether nobody else has it."""
+    try:
+        file = os.open(folder / "lock", os.O_CREAT | os.O_RDWR)
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except (AttributeError, OSError):                   # a system, or a file system, without locks
+        pass
+    return True
 
 
 def read_known(task, file):
@@ -656,6 +686,10 @@ class Own(Task):
         self.pad = pad
         self.alphabet += pad
         self.flags = self.LARGE if sum(map(len, sequences)) >= 100_000 else self.SMALL
+        short = sum(len(s) < self.length for s in sequences)
+        if crop and short:
+            print(f"warning: --crop: {short:,} of {len(sequences):,} sequences are shorter than "
+                  f"--length={self.length}, and are left out", file=sys.stderr)
         if crop:                                        # windows avoid line ends, and letters as N
             self.text, = tokens_of(["\n".join(sequences)], self.alphabet)
         else:
@@ -673,7 +707,8 @@ def open_task(task="toy", length=0, data="", alphabet="", pad="", crop=False, re
         raise BadInput("--data brings its own task, with --alphabet, --pad and --crop if you want: "
                        "leave out --task")
     if task not in (*TASKS, "own"):
-        raise BadInput(f"--task={task}: choose one of {', '.join(TASKS)}, or bring --data")
+        raise BadInput(f"--task={task}: choose one of {', '.join(TASKS)}, bring --data, or run the "
+                       "file that puts it into TASKS")
     if data:
         try:
             opened = Own(data, length, alphabet, pad, crop)

@@ -17,6 +17,7 @@ import os
 import re
 import sys
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Literal, get_args, get_type_hints
 
@@ -24,7 +25,7 @@ import torch
 
 from diffusion import CHAINS
 from model import make_model
-from rewards import BadInput, RewardLog, Task, measured, open_task
+from rewards import BadInput, RewardLog, Task, hold, measured, open_task
 
 
 @dataclass
@@ -57,6 +58,7 @@ FORMATS = {                             # of sample i and its reward, which may 
 # -----------------------------------------------------------------------------
 # the command line
 
+@cache
 def parser_of(flags, description, epilog=""):
     """A parser of a dataclass of flags: its types, with the comments as help, beside the defaults.
     What was not typed is left out of its result."""
@@ -145,8 +147,9 @@ def draw(args, file):
     policy = model if args.temperature == 1 else lambda x, t: model(x, t) / args.temperature
     tokens, path = process.sample(policy, args.n, task.length, prompts)
     samples, rewards = task.strings(tokens), [math.nan] * args.n
-    if task.reward is not None:
-        rewards = RewardLog(on_error=flags.on_error).query(task.reward, samples).tolist()
+    if task.reward is not None:                         # kept, but while the run goes on
+        log = RewardLog(args.run / "rewards.jsonl", flags.on_error, is_writer=hold(args.run))
+        rewards = log.query(task.reward, samples, stage="sample").tolist()
     elif args.plot:
         raise BadInput("--plot: the run's reward is not there")
     print(f"{file}: {args.n} samples, {len(set(samples))} distinct, mean reward "

@@ -28,16 +28,11 @@ import torch.distributed as dist
 import torch.distributed.nn         # see setup
 from tqdm import tqdm
 
-try:
-    import fcntl
-except ImportError:                 # Windows
-    fcntl = None
-
 import sample
 import sepo
 from diffusion import CHAINS
 from model import SIZES, make_model, make_optimizers
-from rewards import TASKS, BadInput, RewardLog, measured, open_task, query, read_known
+from rewards import TASKS, BadInput, RewardLog, hold, measured, open_task, query, read_known
 
 RANK = int(os.environ.get("RANK", 0))               # set by torchrun; without it, one process
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
@@ -544,16 +539,9 @@ def flags_of(args):
     return {name: value for name, value in asdict(args).items() if name not in NOT_SAVED}
 
 
-def hold(folder):
-    """Lock the folder of a run until this process ends; BadInput if another process has it."""
-    if fcntl:
-        file = os.open(folder / "lock", os.O_CREAT | os.O_RDWR)
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise BadInput(f"another process runs in {folder}") from None
-        except OSError:                                 # a file system without locks
-            pass
+def take(folder):
+    if not hold(folder):
+        raise BadInput(f"another process runs in {folder}, or it cannot be written to")
 
 
 def open_folder(args, task):
@@ -561,7 +549,7 @@ def open_folder(args, task):
     file = args.out / "rewards.jsonl"
     if args.resume:
         if MASTER:
-            hold(args.out)
+            take(args.out)
             # what was logged after the last checkpoint goes
             log_size = checkpoint_of(args).get("log_size", 0)
             os.truncate(args.out / "metrics.jsonl", log_size)
@@ -569,7 +557,7 @@ def open_folder(args, task):
     answers = try_reward(args, task)                    # before anything is written
     if MASTER:
         args.out.mkdir(parents=True, exist_ok=True)
-        hold(args.out)
+        take(args.out)
         if file.exists():                               # of an overwritten run: it was paid for
             file.rename(args.out / f"rewards-{time.time_ns()}.jsonl")
         for name in ("config.json", "last.pt", "pretrained.pt", "finetuned.pt", "best.pt",
@@ -586,10 +574,11 @@ def try_reward(args, task):
     """Try the reward, and what the task measures, on two samples -> {sample: reward}."""
     trial = RewardLog(on_error=args.on_error)
     samples = list(dict.fromkeys(task.strings(task.data[:2])))[::-1]    # a reward may sort its list
+    measured(task, samples)                             # first: it costs nothing
     trial.query(task.reward, samples, query_together)
     if trial.failed.issuperset(samples):
-        raise BadInput(f"the reward fails for the first samples of the data, {samples}")
-    measured(task, samples)
+        raise BadInput(f"the reward fails for the first samples of the data, {samples}: begin the "
+                       "data with one that it can score")
     return {s: r for s, r in trial.reward_of.items() if s not in trial.failed}
 
 

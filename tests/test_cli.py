@@ -2,6 +2,7 @@
 told; samples, pictures and the report.
 
 Read first test_bad_flags_get_a_short_message_and_status_2."""
+import io
 import json
 import math
 import os
@@ -20,8 +21,8 @@ import sample
 import sepo
 import train
 from diffusion import Absorbing, Uniform
-from helpers import (ROOT, TINY, captured, fails, launch, lines, queried, run, same, saved_as,
-                     set_two, share_of, weights)
+from helpers import (TINY, captured, fails, launch, lines, queried, run, same, saved_as, set_two,
+                     share_of, weights)
 from helpers import toy, two  # noqa: F401  (fixtures)
 from rewards import TASKS, BadInput, RewardLog
 
@@ -233,24 +234,26 @@ def test_too_few_rollouts_are_not_judged(capsys):
     assert not capsys.readouterr().err
 
 
-def test_a_terminal_without_utf_8_shows_an_escape():
-    code = "import sample; sample.print_any_letter(); print('Aµ')"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True,
-                          env={**os.environ, "PYTHONIOENCODING": "ascii"})
-    assert done.stdout == b"A\\xb5\n", done.stderr
+def test_a_terminal_without_utf_8_shows_an_escape(monkeypatch):
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    sample.print_any_letter()
+    print("A\xb5", flush=True)
+    print("A\xb5", file=sys.stderr, flush=True)
+    assert sys.stdout.buffer.getvalue() == sys.stderr.buffer.getvalue() == b"A\\xb5\n"
 
 
 def test_a_second_run_in_one_folder_is_refused(tmp_path):
-    """By its lock, which another process holds."""
-    import fcntl
-    lock = open(tmp_path / "lock", "w")
-    fcntl.lockf(lock, fcntl.LOCK_EX)
-    code = ("import pathlib, sys, train\n"
-            "try: train.hold(pathlib.Path(sys.argv[1]))\n"
-            "except train.BadInput as error: print(error)")
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT,
-                          capture_output=True, text=True)
-    assert done.stdout == f"another process runs in {tmp_path}\n", done.stderr
+    """By its lock, which another process holds until it ends."""
+    code = ("import fcntl, sys; lock = open(sys.argv[1], 'w'); fcntl.lockf(lock, fcntl.LOCK_EX); "
+            "print('locked', flush=True); input()")
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "lock")], text=True,
+                          stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == "locked\n"
+        with pytest.raises(BadInput, match=f"another process runs in {tmp_path}, or"):
+            train.take(tmp_path)
+        other.communicate("")
+    train.take(tmp_path)
 
 
 def test_the_advice_can_be_taken(tmp_path, capsys):
@@ -265,7 +268,7 @@ def test_the_advice_can_be_taken(tmp_path, capsys):
 
 
 def test_measure_is_tried_before_anything_is_paid_or_written(tmp_path):
-    (tmp_path / "own.py").write_text("def score(samples): return [1.0] * len(samples)\n"
+    (tmp_path / "own.py").write_text("def score(samples): raise ValueError('it was paid')\n"
                                      "def measure(samples): return {'x': 1 / 0}\n")
     with pytest.raises(ZeroDivisionError):
         run(tmp_path / "out", f"--reward={tmp_path / 'own.py'}:score", task="toy")
@@ -431,6 +434,22 @@ def test_a_low_temperature_draws_the_likeliest_letter_and_edits_no_weights(toy, 
     assert drawn[0.01] == {"AAAAAA"} and len(drawn[1]) > 10
     for *_, (model, _) in loaded:
         assert same(model.state_dict(), saved["model"])
+
+
+def test_what_sample_asks_is_kept_but_while_the_run_goes_on(toy, tmp_path, capsys, monkeypatch):
+    out, asked = tmp_path / "run", []
+    shutil.copytree(toy, out)
+    before, real = len(queried(out, "stage")), TASKS["toy"].reward
+    monkeypatch.setattr(TASKS["toy"], "reward", lambda task, samples: (
+        asked.extend(samples) or real(task, samples)))
+    for is_free in (False, True, True):
+        monkeypatch.setattr(sample, "hold", lambda folder: is_free)
+        sample.main([f"--run={out}", "--n=50"])
+    known = {line["sample"] for line in queried(toy) + queried(toy, "stage")}
+    new = {string for _, string in printed_rows(capsys)} - known
+    lines = queried(out, "stage")[before:]
+    assert len(new) > 5 and {line["sample"] for line in lines} == new
+    assert {line["stage"] for line in lines} == {"sample"} and len(asked) == 2 * len(new)
 
 
 def test_the_best_that_was_ever_asked(toy, capsys):

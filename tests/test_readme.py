@@ -3,8 +3,6 @@ import gzip
 import os
 import re
 import shlex
-import subprocess
-import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -12,7 +10,7 @@ import pytest
 
 import sample
 import train
-from helpers import TINY
+from helpers import TINY, finished
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -63,10 +61,14 @@ def test_the_front_page_is_short():
 
 @pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", README, re.S))
 def test_every_python_block_runs_from_any_folder(block, tmp_path):
-    done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True,
-                          text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
-    assert done.returncode == 0 and done.stdout, done.stderr
+    printed = finished(tmp_path, begin_in, tmp_path, block)
+    assert printed and "Traceback" not in printed
     assert "train.main" not in block or "--overwrite" in block      # it can be run again
+
+
+def begin_in(folder, block):
+    os.chdir(folder)
+    exec(block, {})
 
 
 def test_every_command_of_the_front_page_runs(tmp_path, monkeypatch, capsys):

@@ -151,6 +151,40 @@ def test_a_reward_that_is_no_finite_number_is_told(bad):
                                 "--on_error=VALUE is the reward of such samples")
 
 
+def test_answers_are_kept_in_parts(tmp_path):
+    """A kill, or here an exception, in the third call of the reward loses that call alone."""
+    calls = []
+
+    def reward(samples):
+        calls.append(len(samples))
+        return [1 / (len(calls) < 3)] * len(samples)
+    samples = [f"{i:03d}" for i in range(600)]
+    with pytest.raises(RuntimeError, match="division by zero"):
+        RewardLog(tmp_path / "a").query(reward, samples)
+    log = RewardLog(tmp_path / "a")
+    assert calls == [256, 256, 88] and [line["sample"] for line in log.lines] == samples[:512]
+    calls.clear()
+    assert log.query(reward, samples).tolist() == [1.0] * 600 and calls == [88]
+
+
+@pytest.mark.parametrize("wrong", [
+    dict(draw=lambda x: ["AC", "GT"]), dict(draw=lambda x: x.float()), dict(draw=lambda x: x[0]),
+    dict(draw=lambda x: x[:, :2]), dict(draw=lambda x: x - 1), dict(draw=lambda x: x + 1),
+    dict(given=lambda x: x), dict(given=lambda x: x[0] > 0)])
+def test_a_task_of_ones_own_is_told_what_its_methods_must_return(wrong):
+    class Mine(Task):
+        alphabet, length = "ACGT", 3
+
+        def draw(self, n, generator):
+            x = torch.arange(30).view(10, 3) % 4
+            return wrong.get("draw", lambda x: x)(x)
+
+        def given(self, x):
+            return wrong.get("given", lambda x: x < 0)(x)
+    with pytest.raises(BadInput, match=f"{[*wrong][0]} of Mine must return (int64|bool)"):
+        Mine().split(10, 0)
+
+
 @pytest.mark.parametrize("error", [FileNotFoundError("a.csv"), ZeroDivisionError(), SystemExit(2),
                                    RuntimeError("no oracle today")], ids=repr)
 @pytest.mark.parametrize("is_late", [False, True])
@@ -158,9 +192,9 @@ def test_an_exception_of_the_users_own_is_never_a_line_of_ours(error, is_late):
     def fail(samples):
         raise error
     reward = (lambda samples: map(fail, samples)) if is_late else fail      # when it is read
-    with pytest.raises(RuntimeError, match="the reward raised an exception") as raised:
+    with pytest.raises(RuntimeError, match="the reward raised ") as raised:
         query(reward, THREE)
-    assert raised.value.__cause__ is error
+    assert raised.value.__cause__ is error and repr(error) in str(raised.value)
     values, problem = query(reward, THREE, catch=True)
     assert len(values) == 3 and all(map(math.isnan, values))
     assert problem == f"the reward of 'AC' raised {error!r}"
@@ -718,6 +752,14 @@ def test_a_running_text_brings_its_own_alphabet(tmp_path):
     assert open_task("own", 0, write(tmp_path, "a b c"), crop=True).length == 5
 
 
+def test_cropping_says_what_it_leaves_out(tmp_path, capsys):
+    file = write(tmp_path, "ACGTACGT\nACG\nACGT\n")
+    for length, left_out in ((0, 2), (4, 1), (3, 0)):
+        open_task("own", length, file, crop=True)
+        err = capsys.readouterr().err
+        assert not err if not left_out else f"{left_out} of 3 sequences are shorter" in err
+
+
 def test_letters_length_and_pad_are_what_the_file_needs(tmp_path):
     task = open_task("own", 0, write(tmp_path, "MKV\nMKVLAA\nacgu\n"))
     assert (task.alphabet, task.pad, task.length) == ("AKLMVacgu|", "|", 6)
@@ -779,7 +821,7 @@ def test_damaged_files_and_flags_that_do_not_fit(tmp_path):
                  dict(task="own"), dict(task="dna", data=file), dict(data=file)):
         with pytest.raises(BadInput, match="--data brings its own task"):
             open_task(**more)
-    with pytest.raises(BadInput, match="--task=nothing: choose one of toy, dna, .*or bring --data"):
+    with pytest.raises(BadInput, match="--task=nothing: choose one of toy, dna, .*bring --data, or run"):
         open_task("nothing")
     with pytest.raises(BadInput, match="--length=7: arithmetic has 9 positions"):
         open_task("arithmetic", 7)
