@@ -1,6 +1,6 @@
-"""Does everything hold on a GPU, and how fast is it there? One command, a table at the end.
+"""Does everything hold on a GPU, and how fast is it there? One command, a table per part.
 
-    python tests/gpu.py --device=cuda --out=DIR         # within seven minutes
+    python tests/gpu.py --device=cuda --out=DIR         # three minutes on an H200
     python tests/gpu.py --quick --out=DIR               # any machine: tiny sizes, half a minute
 
 Parts: truth (samples, updates and the tail of the noise against what is exact), runs (train.py on

@@ -356,15 +356,18 @@ def test_best_of_16_is_the_best_of_each_prompts_own_samples(tmp_path, monkeypatc
     assert row["reward"] == pytest.approx(rewards.view(16, 16).amax(dim=1).mean().item())
 
 
-@pytest.mark.parametrize("shift, is_told", [(0, False), (-9, True)])
+@pytest.mark.parametrize("shift, is_told", [(0, False), (0.8, False), (-9, True)])
 def test_a_policy_below_best_of_16_at_no_less_kl_gets_a_note(shift, is_told, tmp_path, monkeypatch,
                                                              capsys):
-    """The pre-trained policy is below it at a KL of 0; one without the letter 1 at a large KL."""
+    """The pre-trained policy is below it at a KL of 0; one without the letter 1 at a large KL. At
+    0.8 samples are a little more alike, which is not much."""
     def finetune(args, task, process, model, *rest):
         model.head.bias.data[1] += shift
     monkeypatch.setattr(train, "finetune", finetune)
     run(tmp_path, "--report_samples=80")
-    assert ("note: best of 16 has more reward" in capsys.readouterr().out) == is_told
+    printed = capsys.readouterr().out
+    assert ("note: best of 16 has more reward" in printed) == is_told
+    assert ("much more alike" in printed) == is_told
 
 
 def test_the_report_counts_pads_inside_of_samples(tmp_path, monkeypatch):
@@ -416,6 +419,25 @@ def test_a_reward_that_fails_for_the_whole_start_check_stops(tmp_path, monkeypat
     fails(train.main, ["--task=two", f"--out={tmp_path / 'a'}", *TINY, "--on_error=0"],
           "the reward fails for the first samples of the data", capsys)
     assert not (tmp_path / "a").exists()
+
+
+def test_a_sample_that_failed_at_the_start_has_no_answer(tmp_path, monkeypatch):
+    """The second of the first two sequences of the data, which are asked from the back."""
+    set_two(monkeypatch, lambda samples: [None if s[0] == "1" else 0.5 for s in samples],
+            exact=False)
+    monkeypatch.setattr(TASKS["two"], "draw", lambda task, n, generator: torch.tensor(
+        [[0, 1, 0], [1, 1, 1]] * 20))
+    run(tmp_path, "--on_error=-1", "--iters=1")
+    assert [line["sample"] for line in queried(tmp_path, "stage")
+            if line["stage"] == "check"] == ["010"]
+
+
+def test_a_seed_draws_the_same_samples_again(toy, capsys):
+    found = []
+    for seed in (1, 2, 1):
+        sample.main([f"--run={toy}", "--n=20", f"--seed={seed}"])
+        found.append(printed_rows(capsys))
+    assert found[0] == found[2] != found[1]
 
 
 def test_a_low_temperature_draws_the_likeliest_letter_and_edits_no_weights(toy, tmp_path, capsys,

@@ -3,11 +3,13 @@ checkpoints; several processes, together and resumed.
 
 Read first test_a_killed_run_resumes_to_the_same_numbers."""
 import json
+import math
 import os
 import random
 import shutil
 import signal
 import time
+from argparse import Namespace
 from collections import Counter
 from itertools import chain
 
@@ -253,6 +255,29 @@ def test_what_makes_a_run_what_it_is_cannot_change(toy, monkeypatch, capsys):
     monkeypatch.setattr(train, "WORLD_SIZE", 2)
     fails(train.main, [f"--out={toy}", "--resume"], "--processes=2: the run in .* has 1", capsys)
     assert (toy / "metrics.jsonl").read_text() == before
+
+
+def test_a_clock_that_is_set_back_does_not_stop_the_saving(tmp_path):
+    args, last = Namespace(out=tmp_path, save_every=30), tmp_path / "last.pt"
+    assert train.is_time_to_save(args, False)           # there is none yet
+    last.touch()
+    for seconds, is_time in ((0, False), (-100, True), (100, True)):
+        os.utime(last, (time.time() + seconds,) * 2)
+        assert train.is_time_to_save(args, False) == is_time
+
+
+def test_log_ratios_that_are_not_finite_end_the_run_and_what_was_paid_stays(tmp_path, monkeypatch,
+                                                                           capsys):
+    real = train.roll_out
+
+    def broken(*args):
+        *others, path = real(*args)
+        path.logp[0] = math.inf
+        return *others, path
+    monkeypatch.setattr(train, "roll_out", broken)
+    fails(train.main, ["--task=toy", f"--out={tmp_path}", *TINY],
+          "log-ratios are not finite: .*; last.pt is good", capsys)
+    assert len(queried(tmp_path)) > 1
 
 
 def test_overwrite_keeps_the_rewards_that_were_paid_for(tmp_path):

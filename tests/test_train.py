@@ -561,11 +561,12 @@ def test_every_parameter_has_one_optimizer():
 def test_the_measurements_for_a_gpu_run_here(tmp_path):
     """All parts of gpu.py but those that run train.py, and the slow one."""
     printed = command(tmp_path, "tests/gpu.py", "--quick", f"--out={tmp_path}", "--parts",
-                      "samples", "updates_as_on_the_cpu", "ratios_at_the_start", "sampling",
-                      "updates")
-    assert "0 of 5 parts failed" in printed
+                      "samples", "captured_as_the_loop", "updates_as_on_the_cpu",
+                      "ratios_at_the_start", "sampling", "updates")
+    assert "0 of 6 parts failed" in printed
     found = json.loads((tmp_path / "gpu.json").read_text())
     assert all(row["p_value"] > 1e-4 for row in found["samples"])
+    assert all(row["equal"] == 1 for row in found["captured_as_the_loop"])
     assert all(row["gradient"] < 1e-3 for row in found["updates_as_on_the_cpu"]
                if row["dtype"] == "float32")
 

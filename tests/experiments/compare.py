@@ -5,7 +5,7 @@ python tests/experiments/compare.py toy --seeds=10: a table and a figure.
     compare.py toy --seeds=10   # the default run of the front page
     compare.py replay           # the toy: every method, with and without replay
     compare.py parts            # the toy: the learner without each of its parts
-    compare.py ehrlich          # the learner, and wdce with exploration
+    compare.py ehrlich          # the learner, without two of its parts, and wdce with exploration
     compare.py arithmetic       # every method on prompts never seen
     compare.py dna              # every method on the dna task
     compare.py beta             # dna: oracle and truth for several KL weights
@@ -84,7 +84,9 @@ COMPARISONS = {             # name: (flags of all runs, the column to compare, {
     "beta": (DNA, "true activity", {
         f"beta {beta}": [f"--beta={beta}"] for beta in (0, 0.03, 0.1, 0.3)}),
     "parts": (TOY, "share_of_optimum", PARTS),
-    "ehrlich": (EHRLICH, "reward", {"sepo": [], "wdce, explore": ["--algo=wdce"]}),
+    "ehrlich": (EHRLICH, "reward", {
+        "sepo": [], **{part: PARTS[part] for part in ("without contrast", "AdamW in place of Muon")},
+        "wdce, explore": ["--algo=wdce"]}),
     "corrector": (TOY, "share_of_optimum", {
         f"{name}{n} moves": [f"--corrector_steps={n}", *flags]
         for name, flags in (("", []), ("50 steps of pre-training, ", UNTRAINED)) for n in MOVES}),
