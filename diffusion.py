@@ -104,6 +104,13 @@ class Path:
         return values.new_zeros(self.batch).index_add(0, self.row, values)
 
 
+def should_capture(model, x, sizes):
+    """Where launches cost: on a GPU, for passes of one size, and batches [B, L] that do not fill it
+    by themselves."""
+    is_allowed = x.is_cuda and getattr(model, "can_be_captured", False)
+    return is_allowed and len(set(sizes)) == 1 and x.numel() <= 2 ** 16
+
+
 class CapturedPass:
     """One pass of a sampler as a CUDA graph: one launch in the place of a hundred.
 
@@ -203,7 +210,7 @@ class Chain:
     def reverse(self, model, x, path, sizes):
         """The reverse process from the state x [B, L], along a path that is planned but for what is
         drawn, `sizes` of its transitions per pass -> tokens, Path."""
-        if x.is_cuda and getattr(model, "can_be_captured", False) and len(set(sizes)) == 1:
+        if should_capture(model, x, sizes):
             return self.captured(model, x, path, sizes[0])(x, path)
         tokens, begin = x.clone(), 0
         for size in sizes:

@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import diffusion
 import sepo
-from diffusion import Absorbing, Path, Uniform, device_of, gumbel_argmax, pick, stratified
+from diffusion import (Absorbing, Path, Uniform, device_of, gumbel_argmax, pick, should_capture,
+                       stratified)
 from exact import (Posterior, Table, chi_square, corrected_law, every_path, gradient, has_bfloat16,
                    kl, law_given, network, plain_loop, posterior_table, probability, random_law,
                    rank, sequences)
@@ -241,6 +242,16 @@ def test_a_captured_pass_draws_what_the_loop_draws(chain, prompt, monkeypatch):
         second = process.captured(model, x, path, sizes[0])
         assert second is not first
         assert process.captured(deepcopy(model), x, path, sizes[0]) is not second
+
+
+def test_a_pass_is_captured_where_launches_cost():
+    small, large, cpu = (SimpleNamespace(is_cuda=is_cuda, numel=lambda n=n: n)
+                         for is_cuda, n in ((True, 2 ** 16), (True, 2 ** 16 + 1), (False, 4)))
+    model = network(3, 4)
+    assert should_capture(model, small, [5, 5, 5])
+    for model, x, sizes in ((model, small, [5, 5, 4]), (model, large, [5, 5]), (model, cpu, [5, 5]),
+                            (lambda x, t: x, small, [5, 5]), (model, small, [])):
+        assert not should_capture(model, x, sizes)
 
 
 def test_reveal_times_are_uniform_up_to_their_start_and_never_tie():
