@@ -244,6 +244,24 @@ def test_a_captured_pass_draws_what_the_loop_draws(chain, prompt, monkeypatch):
         assert process.captured(deepcopy(model), x, path, sizes[0]) is not second
 
 
+def test_samples_and_their_paths_have_no_gradient():
+    tokens, path = Absorbing(3).sample(network(3, 4), 2, 4)
+    assert not path.logp.requires_grad
+
+
+def test_a_sequence_that_is_given_entirely_is_noise_free_and_finite():
+    """It has no time of its own: infinity would be no number to a network that reads it."""
+    x = torch.tensor([[0, 1, 2]] * 2)
+    seen, t, masked, weight = Absorbing(3).mask_some(x, torch.tensor([[True] * 3, [False] * 3]))
+    assert torch.equal(seen[0], x[0]) and t[0] == 1 and 0 < t[1] < 1
+    assert weight[0] == 0 and not masked[0].any() and masked[1].any()
+
+
+def test_a_position_is_never_revealed_at_the_end_of_time(monkeypatch):
+    monkeypatch.setattr(torch, "rand", torch.zeros)
+    assert (Absorbing(2, steps=4).reveal_times(torch.ones(1, 3) > 0) == 0.25).all()
+
+
 def test_a_pass_is_captured_where_launches_cost():
     small, large, cpu = (SimpleNamespace(is_cuda=is_cuda, numel=lambda n=n: n)
                          for is_cuda, n in ((True, 2 ** 16), (True, 2 ** 16 + 1), (False, 4)))
@@ -829,6 +847,8 @@ def test_the_corrector_draws_from_its_matrix_and_keeps_what_is_given(chain):
     y = process.correct(model, states[1].expand(500, 3), 0.4, 9, given)
     assert (y[:, 0] == states[1, 0]).all() and (y[:, 1:] != states[1, 1:]).any()
     assert torch.cat(moved).unique().tolist() == [1, 2]         # no move is wasted
+    x = states[1].expand(500, 3)
+    assert torch.equal(process.correct(model, x, 0.4, 3, x >= 0), x)    # nothing is free
 
 
 @pytest.mark.parametrize("chain, steps", [(Absorbing, None), (Absorbing, 64), (Uniform, 128)])

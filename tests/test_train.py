@@ -308,10 +308,20 @@ def test_wdce_draws_rows_of_the_buffer_by_their_weights(tmp_path, monkeypatch):
     assert len(losses) == 2 * 2
 
 
+def test_prompts_stay_in_replay_and_under_the_corrector(tmp_path, monkeypatch):
+    made = captured(monkeypatch, Absorbing, "path_to")
+    corrected = captured(monkeypatch, Absorbing, "correct_path")
+    run(tmp_path, "--replay=2", "--corrector_steps=1", "--iters=1", "--prompts=2",
+        "--report_samples=0", task="arithmetic")
+    given = [call[2] for call in made] + [call[3] for call in corrected]
+    assert len(given) == 2 + 1
+    assert all(rows[:, :6].all() and not rows[:, 6:].any() for rows in given)
+
+
 def test_explored_rows_keep_most_of_what_they_came_from(tmp_path, monkeypatch):
     set_two(monkeypatch, share_of("C"), "ACGT", 30, exact=False)
     drawn = captured(monkeypatch, Absorbing, "sample")
-    run(tmp_path, "--explore=0.5", "--iters=2", "--report_samples=0")
+    run(tmp_path, "--explore=0.55", "--iters=2", "--report_samples=0")
     first, second = (call[4] for call in drawn[:2])             # the prompts of both rollouts
     assert (first == 4).all() and (second[4:] == 4).all()
     n_free = (second[:4] == 4).sum(dim=1)
