@@ -366,6 +366,9 @@ def test_a_policy_below_best_of_16_at_no_less_kl_gets_a_note(shift, is_told, tmp
     monkeypatch.setattr(train, "finetune", finetune)
     run(tmp_path, "--report_samples=80")
     printed = capsys.readouterr().out
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert "share_of_optimum" not in report["pre-trained"]
+    assert (report["fine-tuned"]["exact_kl"] > 0.01) == bool(shift)
     assert ("note: best of 16 has more reward" in printed) == is_told
     assert ("much more alike" in printed) == is_told
 

@@ -219,8 +219,8 @@ def test_a_captured_pass_draws_what_the_loop_draws(chain, prompt, monkeypatch):
     if chain is Uniform:
         x = process.noise(x)
 
-    def draw(how):
-        torch.manual_seed(2)
+    def draw(how, seed):
+        torch.manual_seed(seed)
         plan = process.plan(x, x != 3 if prompt is not None else x < 0, 1.0)
         tokens, path = how(*plan)
         return [tokens, *(v for v in vars(path).values() if isinstance(v, torch.Tensor))]
@@ -230,18 +230,33 @@ def test_a_captured_pass_draws_what_the_loop_draws(chain, prompt, monkeypatch):
         pass_.graph.replay = pass_.one_pass
         return pass_(x, path)
 
-    expected = draw(lambda path, sizes: process.reverse(model, x, path, sizes))
     with torch.no_grad():
-        draw(replayed)                                  # captured here
-        for _ in range(2):
-            assert all(map(torch.equal, draw(replayed), expected))
+        draw(replayed, 0)                               # captured here
+        found = [draw(replayed, seed) for seed in (2, 3, 2)]
+        for seed, values in zip((2, 3, 2), found):
+            expected = draw(lambda path, sizes: process.reverse(model, x, path, sizes), seed)
+            assert all(map(torch.equal, values, expected))
+
+
+def test_a_pass_is_captured_anew_where_anything_has_changed(monkeypatch):
+    monkeypatch.setattr(diffusion, "CapturedPass", lambda *args: object())
+    model, process = network(3, 4), Absorbing(3)
+
+    def captured(B=5, L=4):
+        x = torch.full((B, L), 3)
         path, sizes = process.plan(x, x != x, 1.0)
-        first = process.captured(model, x, path, sizes[0])
-        assert process.captured(model, x, path, sizes[0]) is first
-        model.head.weight.data = model.head.weight.data.clone()     # the weights are elsewhere
-        second = process.captured(model, x, path, sizes[0])
-        assert second is not first
-        assert process.captured(deepcopy(model), x, path, sizes[0]) is not second
+        return process.captured(model, x, path, sizes[0])
+    first = captured()
+    assert captured() is first and captured(L=3) is not first
+    assert captured() is not first                      # the last one is kept
+    first = captured()
+    model.head.weight.data = model.head.weight.data.clone()     # its memory may hold anything now
+    second = captured()
+    assert second is not first
+    model.train()
+    assert captured() is not second
+    model = deepcopy(model)
+    assert captured() is not second
 
 
 def test_samples_and_their_paths_have_no_gradient():
