@@ -242,12 +242,14 @@ def test_a_pass_is_captured_anew_where_anything_has_changed(monkeypatch):
     monkeypatch.setattr(diffusion, "CapturedPass", lambda *args: object())
     model, process = network(3, 4), Absorbing(3)
 
-    def captured(B=5, L=4):
-        x = torch.full((B, L), 3)
-        path, sizes = process.plan(x, x != x, 1.0)
-        return process.captured(model, x, path, sizes[0])
+    def captured(L=4, size=5):
+        x = torch.full((5, L), 3)
+        path, _ = process.plan(x, x != x, 1.0)
+        return process.captured(model, x, path, size)
     first = captured()
     assert captured() is first and captured(L=3) is not first
+    first = captured()
+    assert captured(size=10) is not first               # other passes, of as many transitions
     assert captured() is not first                      # the last one is kept
     first = captured()
     model.head.weight.data = model.head.weight.data.clone()     # its memory may hold anything now
@@ -864,6 +866,12 @@ def test_the_corrector_draws_from_its_matrix_and_keeps_what_is_given(chain):
     assert torch.cat(moved).unique().tolist() == [1, 2]         # no move is wasted
     x = states[1].expand(500, 3)
     assert torch.equal(process.correct(model, x, 0.4, 3, x >= 0), x)    # nothing is free
+
+
+def test_a_move_that_rounding_makes_more_than_certain_is_made():
+    process, x = Absorbing(3), torch.zeros(50, 1, dtype=torch.long)
+    process.jump_probs = lambda *_: torch.tensor([0, 0.5, 0.5 + 1e-6, 0]).expand(50, 4)
+    assert (process.correct(None, x, 0.4, 1) > 0).all()
 
 
 @pytest.mark.parametrize("chain, steps", [(Absorbing, None), (Absorbing, 64), (Uniform, 128)])

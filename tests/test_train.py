@@ -276,7 +276,8 @@ def test_one_pass_of_the_model_serves_a_round_of_one_update(tmp_path, monkeypatc
     """With whole paths: per rollout 1 + replay passes of the model, and as many of the reference.
     """
     passes = captured(monkeypatch, Absorbing, "logp")
-    run(tmp_path, "--replay=3", "--path_events=0", "--report_samples=0", *BIG)
+    run(tmp_path, "--replay=3", "--path_events=0", "--report_samples=0", "--micro_batch=900", *BIG)
+    assert {process.chunk for process, *_ in passes} == {900}
     is_reference = [not any(p.requires_grad for p in model.parameters())
                     for _, model, *_ in passes]
     assert (is_reference.count(False), is_reference.count(True)) == (2 * (1 + 3), 2 * (1 + 3))
