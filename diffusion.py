@@ -4,9 +4,9 @@ Shapes: B sequences of L positions, V clean tokens; token V is the mask M. Time 
 to 1 (noise) and is the noise level: a position is still clean with probability alpha = 1 - t.
 A model is any callable (x, t) -> logits [B, L, V] of log p_theta(x0_i = v | x_t).
 
-Reading order: the path of a sampler, as a table of transitions; what both chains share; the
-absorbing chain (masks); the uniform chain (random letters); exact distributions of small spaces.
-The two chains define the same methods in the same order.
+Reading order: the path of a sampler, as a table of transitions, and one pass of it as a CUDA graph;
+what both chains share; the absorbing chain (masks); the uniform chain (random letters); exact
+distributions of small spaces. The two chains define the same methods in the same order.
 """
 import math
 from dataclasses import dataclass, replace
@@ -106,9 +106,10 @@ class Path:
 
 def should_capture(model, x, sizes):
     """Where launches cost: on a GPU, for passes of one size, and batches [B, L] that do not fill it
-    by themselves."""
+    by themselves; not where somebody else's autocast keeps casts of the weights."""
     is_allowed = x.is_cuda and getattr(model, "can_be_captured", False)
-    return is_allowed and len(set(sizes)) == 1 and x.numel() <= 2 ** 16
+    is_plain = not (torch.is_autocast_enabled("cuda") or torch.is_inference_mode_enabled())
+    return is_allowed and is_plain and len(set(sizes)) == 1 and x.numel() <= 2 ** 16
 
 
 class CapturedPass:
@@ -124,7 +125,7 @@ class CapturedPass:
         self.graph = torch.cuda.CUDAGraph()
         with torch.random.fork_rng([x.device]):
             self.one_pass()                             # the libraries allocate what they need
-        with torch.cuda.graph(self.graph):
+        with torch.cuda.graph(self.graph, stream=torch.cuda.Stream(x.device)):
             self.one_pass()
 
     def one_pass(self):
@@ -155,7 +156,7 @@ class Chain:
         self.mask = vocab_size                      # in a prompt, on both chains: a free position
         self.steps = steps or self.default_steps    # of the time grid per unit of time; None: none
         self.chunk = chunk or 2048                  # states per forward pass of `logp`
-        self.last_captured = None
+        self.graphs = {}                            # of passes of the sampler, on a GPU
 
     def is_small(self, length):
         """Can exact_law walk every partly masked sequence, in every step of the grid?"""
@@ -211,7 +212,8 @@ class Chain:
         """The reverse process from the state x [B, L], along a path that is planned but for what is
         drawn, `sizes` of its transitions per pass -> tokens, Path."""
         if should_capture(model, x, sizes):
-            return self.captured(model, x, path, sizes[0])(x, path)
+            if graph := self.captured(model, x, path, sizes[0]):
+                return graph(x, path)
         tokens, begin = x.clone(), 0
         for size in sizes:
             self.one_pass(model, tokens, path, slice(begin, begin + size))
@@ -229,12 +231,18 @@ class Chain:
         tokens[now.row[:, None], now.positions] = torch.where(now.scored, y, before)
 
     def captured(self, model, x, path, size):
-        """The graph of a pass; kept, for draws of the same shapes with the same weights."""
-        weights = [p.data_ptr() for p in model.parameters()]
-        key = model, model.training, size, x.shape, path.positions.shape, weights
-        if self.last_captured is None or self.last_captured[0] != key:
-            self.last_captured = key, CapturedPass(self, model, x, path, size)
-        return self.last_captured[1]
+        """The graph of a pass, for draws of these shapes with weights in the same place; None for
+        the first of them, since most shapes never come again."""
+        weights = tuple(p.data_ptr() for p in model.parameters())
+        kind = model.training, getattr(model, "autocast", None)
+        key = model, weights, kind, size, x.shape, path.positions.shape
+        if key not in self.graphs:
+            if len(self.graphs) == 4:
+                self.graphs.clear()
+            self.graphs[key] = None
+        elif self.graphs[key] is None:
+            self.graphs[key] = CapturedPass(self, model, x, path, size)
+        return self.graphs[key]
 
     def logp(self, model, path):
         """Log-probability under `model` of all that a path drew -> [n, k], nats; 0 where nothing

@@ -153,7 +153,7 @@ class Muon(torch.optim.Optimizer):
             alike.setdefault(p.shape, []).append(p)
         for shape, matrices in alike.items():
             grad = torch.stack([p.grad for p in matrices])                          # [k, m, n]
-            mean = self.state[matrices[0]].setdefault("mean", torch.zeros_like(grad))
+            mean = self.state[matrices[0]].setdefault("means", torch.zeros_like(grad))
             mean.lerp_(grad, 1 - group["momentum"])
             update = orthogonal(grad.lerp(mean, group["momentum"]))                 # Nesterov's
             torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])

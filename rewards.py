@@ -61,6 +61,7 @@ class Task:
     pad = ""                                # the letter that fills up short sequences, if any
     text = None                             # tokens to cut windows from, in place of draw
     flags = {}
+    note = ""                               # what the user should know of the data
 
     def __init__(self, length=0):
         self.length = length or self.length
@@ -87,11 +88,13 @@ class Task:
             return split_windows(self.text, self.length, n, seed)
         x = self.draw(n, torch.Generator().manual_seed(seed))
         is_tokens = isinstance(x, torch.Tensor) and x.dtype == torch.long and x.dim() == 2
-        if not is_tokens or x.size(1) != self.length or not (
+        if not is_tokens or x.size(1) != self.length or not x.numel() or not (
                 0 <= x.min() <= x.max() < self.vocab_size):
             raise BadInput(f"draw of {type(self).__name__} must return int64 tokens [n, "
                            f"{self.length}], from 0 to {self.vocab_size - 1}")
-        if self.given(x).dtype != torch.bool or self.given(x).shape != x.shape:
+        given = self.given(x)
+        if not isinstance(given, torch.Tensor) or given.dtype != torch.bool or (
+                given.shape != x.shape):
             raise BadInput(f"given of {type(self).__name__} must return bool [n, {self.length}]")
         held = self.is_held(x)
         if len(x) < 20 or held.all():
@@ -183,10 +186,12 @@ def query(reward, samples, catch=False):
     NaN or infinity, or raised with catch=True (then each sample of the batch is asked alone).
     problem: the first failure, in one line; empty if there is none. What the reward prints goes to
     standard error. Raises RuntimeError from what the reward raises, and BadInput where it returns
-    no list of one number per sample."""
-    given = list(samples)
+    no list of one number per sample. A reward that draws random numbers has others in each call."""
+    given, seed = list(samples), zlib.crc32("\n".join(samples).encode())
     try:
         with users_code():
+            for seed_it in (random.seed, np.random.seed, torch.manual_seed):
+                seed_it(seed)
             values = reward(given)
             if hasattr(values, "tolist"):               # of torch, numpy or pandas
                 values = values.tolist()
@@ -254,7 +259,7 @@ class RewardLog:
     sample). A sample that failed has --on_error as its reward, and "failed": true. Answers that
     were not yet written when the process was killed, AT_ONCE at most, are asked again."""
 
-    AT_ONCE = 256                       # samples per call of the black box
+    AT_ONCE = 256                       # samples per call, of all processes together
 
     def __init__(self, file=None, on_error=None, is_writer=True):
         """file None: in memory alone. on_error: the reward of samples that fail; None: stop."""
@@ -263,7 +268,7 @@ class RewardLog:
         if file and file.exists():
             content = file.read_bytes()
             whole = content[:content.rfind(b"\n") + 1]      # a kill may have torn the last line
-            if is_writer:
+            if is_writer and whole != content:
                 os.truncate(file, len(whole))
             try:
                 self.remember([json.loads(line) for line in whole.splitlines()])
@@ -286,11 +291,16 @@ class RewardLog:
         """The rewards of samples, list[str] -> float64 [B]. ask: how to query the new ones. where:
         iter or stage of their lines. Raises BadInput; good answers are kept even then."""
         new = [sample for sample in dict.fromkeys(samples) if sample not in self.reward_of]
-        for i in range(0, len(new), self.AT_ONCE):
-            self.ask(reward, new[i:i + self.AT_ONCE], ask, where)
+        parts = [new[i:i + self.AT_ONCE] for i in range(0, len(new), self.AT_ONCE)]
+        problems = [problem for part in parts if (problem := self.ask(reward, part, ask, where))]
+        if problems and self.is_writer:
+            n = len(self.failed.intersection(new))
+            print(f"warning: {problems[0]}; {n} of {len(new)} new samples failed: their reward is "
+                  f"{self.on_error:g}", file=sys.stderr)
         return torch.tensor([self.reward_of[sample] for sample in samples], dtype=torch.double)
 
     def ask(self, reward, new, ask, where):
+        """Ask about new samples and remember the answers -> the first failure, if any."""
         values, problem = ask(reward, new, catch=self.on_error is not None)
         self.add({s: value for s, value in zip(new, values) if not math.isnan(value)}, **where)
         failed = [sample for sample in new if sample not in self.reward_of]
@@ -298,9 +308,7 @@ class RewardLog:
             raise BadInput(f"{problem}: a finite number is needed; --on_error=VALUE is the reward "
                            "of such samples")
         self.add(dict.fromkeys(failed, self.on_error), failed=True, **where)
-        if failed and self.is_writer:
-            print(f"warning: {problem}; {len(failed)} of {len(new)} new samples failed: their "
-                  f"reward is {self.on_error:g}", file=sys.stderr)
+        return problem
 
     @property
     def failed(self):
@@ -313,15 +321,16 @@ class RewardLog:
 
 
 def hold(folder):
-    """Lock the folder of a run until this process ends -> whether nobody else has it."""
+    """Lock the folder of a run -> a file; nobody else gets the lock until it is closed. None where
+    there are no locks; BadInput if another process has it."""
+    file = open(folder / "lock", "a")
     try:
-        file = os.open(folder / "lock", os.O_CREAT | os.O_RDWR)
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return file
     except (BlockingIOError, PermissionError):
-        return False
-    except (AttributeError, OSError):                   # a system, or a file system, without locks
-        pass
-    return True
+        raise BadInput(f"another process runs in {folder}") from None
+    except (AttributeError, OSError):                   # a system, or a file system, without them
+        return None
 
 
 def read_known(task, file):
@@ -688,8 +697,8 @@ class Own(Task):
         self.flags = self.LARGE if sum(map(len, sequences)) >= 100_000 else self.SMALL
         short = sum(len(s) < self.length for s in sequences)
         if crop and short:
-            print(f"warning: --crop: {short:,} of {len(sequences):,} sequences are shorter than "
-                  f"--length={self.length}, and are left out", file=sys.stderr)
+            self.note = (f"--crop: {short:,} of {len(sequences):,} sequences are shorter than "
+                         f"--length={self.length}, and are left out")
         if crop:                                        # windows avoid line ends, and letters as N
             self.text, = tokens_of(["\n".join(sequences)], self.alphabet)
         else:

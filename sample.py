@@ -16,6 +16,7 @@ import math
 import os
 import re
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -58,7 +59,7 @@ FORMATS = {                             # of sample i and its reward, which may 
 # -----------------------------------------------------------------------------
 # the command line
 
-@cache
+@cache                                  # reading the source takes 50 ms
 def parser_of(flags, description, epilog=""):
     """A parser of a dataclass of flags: its types, with the comments as help, beside the defaults.
     What was not typed is left out of its result."""
@@ -147,9 +148,8 @@ def draw(args, file):
     policy = model if args.temperature == 1 else lambda x, t: model(x, t) / args.temperature
     tokens, path = process.sample(policy, args.n, task.length, prompts)
     samples, rewards = task.strings(tokens), [math.nan] * args.n
-    if task.reward is not None:                         # kept, but while the run goes on
-        log = RewardLog(args.run / "rewards.jsonl", flags.on_error, is_writer=hold(args.run))
-        rewards = log.query(task.reward, samples, stage="sample").tolist()
+    if task.reward is not None:
+        rewards = ask(task, samples, args.run, flags.on_error)
     elif args.plot:
         raise BadInput("--plot: the run's reward is not there")
     print(f"{file}: {args.n} samples, {len(set(samples))} distinct, mean reward "
@@ -157,6 +157,18 @@ def draw(args, file):
     if args.movie and file.stem == args.which:
         movie(task, tokens, path, rewards, args.movie)
     return samples, rewards
+
+
+def ask(task, samples, run, on_error):
+    """Rewards of samples, list. What the run knows is not asked again, and new answers are kept in
+    its rewards.jsonl, unless it still goes on, or nothing can be written there."""
+    try:
+        lock = hold(run)
+    except (BadInput, OSError):
+        lock = None
+    with lock or nullcontext():
+        log = RewardLog(run / "rewards.jsonl", on_error, is_writer=lock is not None)
+        return log.query(task.reward, samples, stage="sample").tolist()
 
 
 def best_found(file, n):

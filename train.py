@@ -408,6 +408,8 @@ def announce(args, task, device, is_exact):
     print(f"task {args.task}: {len(task.data):,} sequences of {task.length} letters "
           f"{task.alphabet!r}, such as {example!r}; {len(task.held):,} others held out",
           file=sys.stderr)
+    if task.note:
+        print(f"warning: {task.note}", file=sys.stderr)
     print(f"reward: {reward}; queries, at most: {cost}", file=sys.stderr)
     print(f"method {args.algo}, beta {args.beta:g}; {device}; results in {args.out}",
           file=sys.stderr)
@@ -539,25 +541,16 @@ def flags_of(args):
     return {name: value for name, value in asdict(args).items() if name not in NOT_SAVED}
 
 
-def take(folder):
-    if not hold(folder):
-        raise BadInput(f"another process runs in {folder}, or it cannot be written to")
-
-
 def open_folder(args, task):
     """The folder of a new run, or with --resume of the one to go on with -> its RewardLog."""
-    file = args.out / "rewards.jsonl"
-    if args.resume:
-        if MASTER:
-            take(args.out)
-            # what was logged after the last checkpoint goes
-            log_size = checkpoint_of(args).get("log_size", 0)
-            os.truncate(args.out / "metrics.jsonl", log_size)
-        return RewardLog(file, args.on_error, MASTER)
-    answers = try_reward(args, task)                    # before anything is written
+    file, lock = args.out / "rewards.jsonl", None
+    answers = {} if args.resume else try_reward(args, task)     # before anything is written
     if MASTER:
         args.out.mkdir(parents=True, exist_ok=True)
-        take(args.out)
+        lock = hold(args.out)
+    if MASTER and args.resume:                          # what was logged after the last checkpoint
+        os.truncate(args.out / "metrics.jsonl", checkpoint_of(args).get("log_size", 0))     # goes
+    elif MASTER:
         if file.exists():                               # of an overwritten run: it was paid for
             file.rename(args.out / f"rewards-{time.time_ns()}.jsonl")
         for name in ("config.json", "last.pt", "pretrained.pt", "finetuned.pt", "best.pt",
@@ -566,6 +559,7 @@ def open_folder(args, task):
         (args.out / "metrics.jsonl").write_text("")
     gather(None)                                        # the others wait
     log = RewardLog(file, args.on_error, MASTER)
+    log.lock = lock                                     # it is held as long as the log is there
     log.add(answers, stage="check")
     return log
 
@@ -574,11 +568,11 @@ def try_reward(args, task):
     """Try the reward, and what the task measures, on two samples -> {sample: reward}."""
     trial = RewardLog(on_error=args.on_error)
     samples = list(dict.fromkeys(task.strings(task.data[:2])))[::-1]    # a reward may sort its list
-    measured(task, samples)                             # first: it costs nothing
+    measured(task, samples)                             # first: the reward may cost
     trial.query(task.reward, samples, query_together)
     if trial.failed.issuperset(samples):
-        raise BadInput(f"the reward fails for the first samples of the data, {samples}: begin the "
-                       "data with one that it can score")
+        raise BadInput(f"the reward fails for the first samples of the data, {samples}. If it works "
+                       "for others, begin the data with these")
     return {s: r for s, r in trial.reward_of.items() if s not in trial.failed}
 
 

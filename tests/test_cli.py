@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import rewards
 import sample
 import sepo
 import train
@@ -24,7 +25,7 @@ from diffusion import Absorbing, Uniform
 from helpers import (TINY, captured, fails, launch, lines, queried, run, same, saved_as, set_two,
                      share_of, weights)
 from helpers import toy, two  # noqa: F401  (fixtures)
-from rewards import TASKS, BadInput, RewardLog
+from rewards import TASKS, BadInput, RewardLog, hold
 
 
 def printed_rows(capsys):
@@ -250,10 +251,15 @@ def test_a_second_run_in_one_folder_is_refused(tmp_path):
     with subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "lock")], text=True,
                           stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout.readline() == "locked\n"
-        with pytest.raises(BadInput, match=f"another process runs in {tmp_path}, or"):
-            train.take(tmp_path)
+        with pytest.raises(BadInput, match=f"another process runs in {tmp_path}"):
+            hold(tmp_path)
         other.communicate("")
-    train.take(tmp_path)
+    assert hold(tmp_path)
+
+
+def test_without_locks_a_run_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(rewards, "fcntl", None)
+    assert hold(tmp_path) is None
 
 
 def test_the_advice_can_be_taken(tmp_path, capsys):
@@ -461,20 +467,27 @@ def test_a_low_temperature_draws_the_likeliest_letter_and_edits_no_weights(toy, 
         assert same(model.state_dict(), saved["model"])
 
 
-def test_what_sample_asks_is_kept_but_while_the_run_goes_on(toy, tmp_path, capsys, monkeypatch):
+def test_what_sample_asks_is_kept_unless_the_run_still_goes_on(toy, tmp_path, capsys, monkeypatch):
+    """Nor where there are no locks, or nothing can be written; then the lock is free again."""
     out, asked = tmp_path / "run", []
     shutil.copytree(toy, out)
-    before, real = len(queried(out, "stage")), TASKS["toy"].reward
+    before, real, real_hold = len(queried(out, "stage")), TASKS["toy"].reward, sample.hold
     monkeypatch.setattr(TASKS["toy"], "reward", lambda task, samples: (
         asked.extend(samples) or real(task, samples)))
-    for is_free in (False, True, True):
-        monkeypatch.setattr(sample, "hold", lambda folder: is_free)
+
+    def fail(error):
+        raise error
+    for lock in (lambda _: None, lambda _: fail(BadInput()), lambda _: fail(PermissionError()),
+                 real_hold, real_hold):
+        monkeypatch.setattr(sample, "hold", lock)
         sample.main([f"--run={out}", "--n=50"])
     known = {line["sample"] for line in queried(toy) + queried(toy, "stage")}
     new = {string for _, string in printed_rows(capsys)} - known
     lines = queried(out, "stage")[before:]
     assert len(new) > 5 and {line["sample"] for line in lines} == new
-    assert {line["stage"] for line in lines} == {"sample"} and len(asked) == 2 * len(new)
+    assert {line["stage"] for line in lines} == {"sample"} and len(asked) == 4 * len(new)
+    code = "import sys, fcntl; fcntl.lockf(open(sys.argv[1], 'a'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+    assert subprocess.run([sys.executable, "-c", code, str(out / "lock")]).returncode == 0
 
 
 def test_the_best_that_was_ever_asked(toy, capsys):

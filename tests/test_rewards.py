@@ -169,7 +169,7 @@ def test_answers_are_kept_in_parts(tmp_path):
 
 @pytest.mark.parametrize("wrong", [
     dict(draw=lambda x: ["AC", "GT"]), dict(draw=lambda x: x.float()), dict(draw=lambda x: x[0]),
-    dict(draw=lambda x: x[:, :2]), dict(draw=lambda x: x - 1), dict(draw=lambda x: x + 1),
+    dict(draw=lambda x: x[:, :2]), dict(draw=lambda x: x[:0]), dict(given=lambda x: True), dict(draw=lambda x: x - 1), dict(draw=lambda x: x + 1),
     dict(given=lambda x: x), dict(given=lambda x: x[0] > 0)])
 def test_a_task_of_ones_own_is_told_what_its_methods_must_return(wrong):
     class Mine(Task):
@@ -201,6 +201,23 @@ def test_an_exception_of_the_users_own_is_never_a_line_of_ours(error, is_late):
     error = KeyboardInterrupt()                         # Ctrl-C stops it
     with pytest.raises(KeyboardInterrupt):
         query(reward, THREE, catch=True)
+
+
+def test_a_reward_that_draws_random_numbers_has_others_in_each_call():
+    """And the same for the same samples, so that a resumed run is told what the whole one was."""
+    def noise(samples):
+        return [random.random() + np.random.rand() + torch.rand(1).item() for _ in samples]
+    rewards = RewardLog().query(noise, [f"{i:03d}" for i in range(600)])
+    assert len(rewards.unique()) == 600
+    assert query(noise, THREE) == query(noise, THREE)
+
+
+def test_a_reward_that_fails_in_many_calls_is_one_warning(capsys):
+    log = RewardLog(on_error=-1)
+    log.query(lambda samples: [None if s < "500" else 1 for s in samples],
+              [f"{i:03d}" for i in range(600)])
+    err = capsys.readouterr().err
+    assert err.count("warning") == 1 and "500 of 600 new samples failed: their reward is -1" in err
 
 
 def test_what_a_reward_prints_goes_to_standard_error(tmp_path, capsys):
@@ -752,12 +769,11 @@ def test_a_running_text_brings_its_own_alphabet(tmp_path):
     assert open_task("own", 0, write(tmp_path, "a b c"), crop=True).length == 5
 
 
-def test_cropping_says_what_it_leaves_out(tmp_path, capsys):
+def test_cropping_says_what_it_leaves_out(tmp_path):
     file = write(tmp_path, "ACGTACGT\nACG\nACGT\n")
     for length, left_out in ((0, 2), (4, 1), (3, 0)):
-        open_task("own", length, file, crop=True)
-        err = capsys.readouterr().err
-        assert not err if not left_out else f"{left_out} of 3 sequences are shorter" in err
+        note = open_task("own", length, file, crop=True).note
+        assert f"{left_out} of 3 sequences are shorter" in note if left_out else not note
 
 
 def test_letters_length_and_pad_are_what_the_file_needs(tmp_path):
