@@ -87,15 +87,14 @@ class Task:
         if self.text is not None:
             return split_windows(self.text, self.length, n, seed)
         x = self.draw(n, torch.Generator().manual_seed(seed))
-        is_tokens = isinstance(x, torch.Tensor) and x.dtype == torch.long and x.dim() == 2
-        if not is_tokens or x.size(1) != self.length or not x.numel() or not (
-                0 <= x.min() <= x.max() < self.vocab_size):
-            raise BadInput(f"draw of {type(self).__name__} must return int64 tokens [n, "
-                           f"{self.length}], from 0 to {self.vocab_size - 1}")
+        name, V = type(self).__name__, self.vocab_size
+        is_tokens = getattr(x, "dtype", None) == torch.long and x.shape[1:] == (self.length,)
+        if not is_tokens or not len(x) or x.min() < 0 or x.max() >= V:
+            raise BadInput(f"draw of {name} must return int64 tokens [n, {self.length}], from 0 to "
+                           f"{V - 1}")
         given = self.given(x)
-        if not isinstance(given, torch.Tensor) or given.dtype != torch.bool or (
-                given.shape != x.shape):
-            raise BadInput(f"given of {type(self).__name__} must return bool [n, {self.length}]")
+        if getattr(given, "dtype", None) != torch.bool or given.shape != x.shape:
+            raise BadInput(f"given of {name} must return bool [n, {self.length}]")
         held = self.is_held(x)
         if len(x) < 20 or held.all():
             held = torch.zeros_like(held)

@@ -571,8 +571,8 @@ def try_reward(args, task):
     measured(task, samples)                             # first: the reward may cost
     trial.query(task.reward, samples, query_together)
     if trial.failed.issuperset(samples):
-        raise BadInput(f"the reward fails for the first samples of the data, {samples}. If it works "
-                       "for others, begin the data with these")
+        raise BadInput(f"the reward fails for the first samples of the data, {samples}. If it "
+                       "works for others, begin the data with these")
     return {s: r for s, r in trial.reward_of.items() if s not in trial.failed}
 
 
