@@ -152,11 +152,12 @@ def test_the_start_says_which_reward_is_asked_and_how_often(tmp_path, capsys):
         args, task = train.read_flags([f"--task={name}", f"--out={tmp_path / 'a'}", *TINY])
         vars(args).update(changes)
         task.data, task.held = task.split(1000, 0)
+        task.note = "something is left out"
         train.announce(args, task, "cpu", args.exact)
         return capsys.readouterr().err, task
     err, task = said("toy")
     assert "task toy: 1,000 sequences of 6 letters 'ACGT', such as '" in err
-    assert ("; 0 others held out\nreward: the one built into toy; queries, at most: 2 to try it, "
+    assert ("; 0 others held out\nwarning: something is left out\nreward: the one built into toy; queries, at most: 2 to try it, "
             "32 in rollouts, 4,096 for the exact optimum, 60 in the report\n"
             f"method sepo, beta 0.1; cpu; results in {tmp_path / 'a'}\n") in err
     for every, evaluations in ((2, 512), (3, 512), (9, 256)):   # the last rollout is evaluated, too
@@ -255,6 +256,20 @@ def test_a_second_run_in_one_folder_is_refused(tmp_path):
             hold(tmp_path)
         other.communicate("")
     assert hold(tmp_path)
+
+
+def can_be_locked(folder):
+    """By another process."""
+    code = "import sys, fcntl; fcntl.lockf(open(sys.argv[1], 'a'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+    return not subprocess.run([sys.executable, "-c", code, str(folder / "lock")],
+                              stderr=subprocess.DEVNULL).returncode
+
+
+def test_a_folder_is_locked_while_its_run_goes_on(tmp_path, two, monkeypatch):
+    found = []
+    monkeypatch.setattr(train, "finetune", lambda *_: found.append(can_be_locked(tmp_path)))
+    run(tmp_path, "--report_samples=0")
+    assert found == [False] and can_be_locked(tmp_path)
 
 
 def test_without_locks_a_run_goes_on(tmp_path, monkeypatch):
@@ -478,7 +493,7 @@ def test_what_sample_asks_is_kept_unless_the_run_still_goes_on(toy, tmp_path, ca
     def fail(error):
         raise error
     for lock in (lambda _: None, lambda _: fail(BadInput()), lambda _: fail(PermissionError()),
-                 real_hold, real_hold):
+                 real_hold):
         monkeypatch.setattr(sample, "hold", lock)
         sample.main([f"--run={out}", "--n=50"])
     known = {line["sample"] for line in queried(toy) + queried(toy, "stage")}
@@ -486,8 +501,9 @@ def test_what_sample_asks_is_kept_unless_the_run_still_goes_on(toy, tmp_path, ca
     lines = queried(out, "stage")[before:]
     assert len(new) > 5 and {line["sample"] for line in lines} == new
     assert {line["stage"] for line in lines} == {"sample"} and len(asked) == 4 * len(new)
-    code = "import sys, fcntl; fcntl.lockf(open(sys.argv[1], 'a'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
-    assert subprocess.run([sys.executable, "-c", code, str(out / "lock")]).returncode == 0
+    assert can_be_locked(out)
+    sample.main([f"--run={out}", "--n=50"])
+    assert len(asked) == 4 * len(new)
 
 
 def test_the_best_that_was_ever_asked(toy, capsys):
