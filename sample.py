@@ -7,7 +7,7 @@
     python sample.py --run=out/toy --movie=denoise.gif      # the reverse process, step by step
     python sample.py --run=out/toy --n=1000 --format=fasta > samples.fasta
 
-Samples go to standard output, everything else to standard error.
+Samples go to standard output, messages to standard error, new rewards to the run's rewards.jsonl.
 """
 import argparse
 import inspect
