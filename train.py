@@ -1,6 +1,6 @@
 """Pre-train a discrete diffusion model on a task's data, then fine-tune it on a black-box reward.
 
-    python train.py --task=toy                      # 80 seconds on one CPU core
+    python train.py --task=toy                      # 70 seconds on one CPU core
     python train.py --task=toy --resume             # continue a stopped run, to the same numbers
     python train.py --data=mine.fa --reward=my_reward.py:score
     torchrun --nproc_per_node=4 train.py --task=dna --prompts=4
