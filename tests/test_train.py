@@ -276,11 +276,16 @@ def test_one_pass_of_the_model_serves_a_round_of_one_update(tmp_path, monkeypatc
     """With whole paths: per rollout 1 + replay passes of the model, and as many of the reference.
     """
     passes = captured(monkeypatch, Absorbing, "logp")
-    run(tmp_path, "--replay=3", "--path_events=0", "--report_samples=0", "--micro_batch=900", *BIG)
-    assert {process.chunk for process, *_ in passes} == {900}
+    run(tmp_path, "--replay=3", "--path_events=0", "--report_samples=0", *BIG)
     is_reference = [not any(p.requires_grad for p in model.parameters())
                     for _, model, *_ in passes]
     assert (is_reference.count(False), is_reference.count(True)) == (2 * (1 + 3), 2 * (1 + 3))
+
+
+def test_the_chain_has_the_steps_and_the_chunks_that_were_asked(tmp_path, monkeypatch):
+    passes = captured(monkeypatch, Absorbing, "logp")
+    run(tmp_path, "--steps=2", "--micro_batch=900", "--iters=1", "--report_samples=0")
+    assert {(process.steps, process.chunk) for process, *_ in passes} == {(2, 900)}
 
 
 def test_prdp_is_given_the_log_ratio_of_its_paths(tmp_path, monkeypatch):
