@@ -113,10 +113,10 @@ def should_capture(model, x, sizes):
 
 
 class CapturedPass:
-    """One pass of a sampler as a CUDA graph: one launch in the place of a hundred.
+    """One pass of a sampler as a CUDA graph: one launch in place of a hundred.
 
-    A graph works on the memory that it was captured on, so a draw copies its plan there, and the
-    path from there."""
+    A graph works on the memory that it was captured on: so a draw copies its plan to `path`, and
+    its result from there. now [size]: the transitions of the next pass."""
 
     def __init__(self, process, model, x, path, size):
         self.process, self.model, self.size = process, model, size

@@ -61,7 +61,7 @@ class Task:
     pad = ""                                # the letter that fills up short sequences, if any
     text = None                             # tokens to cut windows from, in place of draw
     flags = {}
-    note = ""                               # what the user should know of the data
+    note = ""                               # what the user should know about the data
 
     def __init__(self, length=0):
         self.length = length or self.length

@@ -548,8 +548,8 @@ def open_folder(args, task):
     if MASTER:
         args.out.mkdir(parents=True, exist_ok=True)
         lock = hold(args.out)
-    if MASTER and args.resume:                          # what was logged after the last checkpoint
-        os.truncate(args.out / "metrics.jsonl", checkpoint_of(args).get("log_size", 0))     # goes
+    if MASTER and args.resume:                          # forget what followed the last checkpoint
+        os.truncate(args.out / "metrics.jsonl", checkpoint_of(args).get("log_size", 0))
     elif MASTER:
         if file.exists():                               # of an overwritten run: it was paid for
             file.rename(args.out / f"rewards-{time.time_ns()}.jsonl")

@@ -3,8 +3,9 @@
     python tests/gpu.py --device=cuda --out=DIR         # three minutes on an H200
     python tests/gpu.py --quick --out=DIR               # any machine: tiny sizes, half a minute
 
-Parts: truth (samples, updates and the tail of the noise against what is exact), runs (train.py on
-the device and on the CPU; a kill and a resume), sampling and updates (seconds, launches, memory).
+Parts: truth (samples, captured passes, updates and the tail of the noise against what is exact),
+runs (train.py on the device and on the CPU; a kill and a resume), sampling and updates (seconds,
+launches, memory).
 Each part is caught on its own; DIR/gpu.json has all numbers, and DIR/errors.txt what failed.
 """
 import argparse
@@ -199,7 +200,8 @@ def profiled(args, job):
     if args.device == "cpu":
         return None, None
     from torch.profiler import ProfilerActivity, profile
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as found:
+    kinds = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
+    with profile(activities=kinds, acc_events=True) as found:
         job()
         torch.cuda.synchronize()
     launches = sum("Launch" in event.name for event in found.events())

@@ -157,7 +157,8 @@ def test_the_start_says_which_reward_is_asked_and_how_often(tmp_path, capsys):
         return capsys.readouterr().err, task
     err, task = said("toy")
     assert "task toy: 1,000 sequences of 6 letters 'ACGT', such as '" in err
-    assert ("; 0 others held out\nwarning: something is left out\nreward: the one built into toy; queries, at most: 2 to try it, "
+    assert ("; 0 others held out\nwarning: something is left out\n"
+            "reward: the one built into toy; queries, at most: 2 to try it, "
             "32 in rollouts, 4,096 for the exact optimum, 60 in the report\n"
             f"method sepo, beta 0.1; cpu; results in {tmp_path / 'a'}\n") in err
     for every, evaluations in ((2, 512), (3, 512), (9, 256)):   # the last rollout is evaluated, too

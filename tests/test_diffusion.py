@@ -210,7 +210,7 @@ def test_nothing_waits_for_the_device_in_the_sampling_loop_or_an_update(steps, p
 
 @pytest.mark.parametrize("chain, prompt", [(Absorbing, None), (Absorbing, PROMPT), (Uniform, None)])
 def test_a_captured_pass_draws_what_the_loop_draws(chain, prompt, monkeypatch):
-    """Here the graph replays nothing by itself: it calls the pass anew. On a GPU gpu.py compares."""
+    """The graph here replays nothing by itself: it calls the pass anew. gpu.py has a real one."""
     for owner, name in ((torch.random, "fork_rng"), (torch.cuda, "graph"), (torch.cuda, "Stream")):
         monkeypatch.setattr(owner, name, lambda *args, **more: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "CUDAGraph", SimpleNamespace)

@@ -510,8 +510,8 @@ def test_small_networks_take_one_thread_unless_told_otherwise(given, n_embd, n, 
 
 @pytest.mark.parametrize("shape", [(8, 8), (24, 8), (8, 24)])
 def test_muon_is_that_of_torch_in_float32(shape):
-    """torch's rounds to bfloat16. Tall, wide and square matrices, with weight decay; two of a shape,
-    one of which has small gradients."""
+    """torch's rounds to bfloat16. Tall, wide and square matrices, with weight decay; two per shape,
+    one of them with small gradients."""
     torch.manual_seed(0)
     first = torch.randn(2, *shape)
     ours, theirs = ([torch.nn.Parameter(matrix.clone()) for matrix in first] for _ in range(2))

@@ -85,7 +85,8 @@ COMPARISONS = {             # name: (flags of all runs, the column to compare, {
         f"beta {beta}": [f"--beta={beta}"] for beta in (0, 0.03, 0.1, 0.3)}),
     "parts": (TOY, "share_of_optimum", PARTS),
     "ehrlich": (EHRLICH, "reward", {
-        "sepo": [], **{part: PARTS[part] for part in ("without contrast", "AdamW in place of Muon")},
+        "sepo": [], "without contrast": PARTS["without contrast"],
+        "AdamW in place of Muon": PARTS["AdamW in place of Muon"],
         "wdce, explore": ["--algo=wdce"]}),
     "corrector": (TOY, "share_of_optimum", {
         f"{name}{n} moves": [f"--corrector_steps={n}", *flags]
